@@ -1,0 +1,144 @@
+"""Policy: the hooks through which a scheduling idea enters.
+
+Subclass `Policy`, override what the idea is about, register it in `POLICIES`. Hooks see read-only
+views and the engine's clock; they return what they decide and why. They cannot know how long an
+output will be, and they touch nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from nanovllm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Decision(NamedTuple, Generic[T]):
+    """What a hook decided, and the reason that goes into the event log."""
+
+    value: T
+    reason: str
+
+
+class SequenceView(Protocol):
+    """What a policy may know of a sequence (see core.sequence.Sequence)."""
+
+    @property
+    def seq_id(self) -> int: ...
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def arrival_s(self) -> float: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """The engine at the beginning of a step, or as one sequence is being admitted to it.
+
+    Attributes:
+        now_s: the engine's clock.
+        token_budget: tokens that the step may still compute.
+        num_decodes: running sequences that want one token.
+        num_prefills: running sequences that want more.
+        num_waiting: sequences in the waiting queue.
+        num_available_blocks: blocks that can be allocated, less those that running prompts
+            have yet to take.
+    """
+
+    now_s: float
+    token_budget: int
+    num_decodes: int
+    num_prefills: int
+    num_waiting: int
+    num_available_blocks: int
+
+
+class Policy:
+    """First come, first served; decodes before prefills; the last to come is preempted first.
+
+    Every hook here is the default that a subclass inherits.
+    """
+
+    keys_change = False  # True: `key` depends on the time, so the queue is sorted anew each step
+
+    def key(self, seq: SequenceView, now_s: float) -> tuple[float, ...]:
+        """Place in the queue for prefill tokens: the smallest goes first. Waiting sequences and
+        running ones with prompt tokens left stand in one queue; ties go by arrival."""
+        return (seq.arrival_s,)
+
+    def admit(self, seq: SequenceView, num_blocks: int, step: StepView) -> Decision[bool]:
+        """Whether to let `seq`, which needs `num_blocks` more blocks for its next chunk, run.
+
+        A sequence that was preempted comes back when there is also a spare block for each
+        running one, or the next steps would throw it out again.
+        """
+        running = step.num_decodes + step.num_prefills
+        spare = running if seq.num_preemptions else 0
+        if num_blocks + spare <= step.num_available_blocks:
+            return Decision(True, "fits")
+        return Decision(False, "no blocks")
+
+    def share_budget(self, step: StepView) -> Decision[tuple[int, int]]:
+        """The largest numbers of decode and prefill tokens in this step. What decodes leave of
+        step.token_budget goes to prefills, up to their share."""
+        return Decision((step.token_budget, step.token_budget), "decodes first")
+
+    def victim(
+        self, running: Sequence[SequenceView], needy: SequenceView
+    ) -> Decision[SequenceView | None]:
+        """Whom to preempt so that `needy` gets blocks or a place. A running `needy` is among
+        `running` (never empty) and may be the victim itself, as it is when None is returned; a
+        waiting one then goes on waiting. `running` is in order of admission."""
+        if needy not in running:
+            return Decision(None, "arrivals preempt nobody")
+        return Decision(max(running, key=lambda seq: (seq.arrival_s, seq.seq_id)), "came last")
+
+    def evict(self, idle: Mapping[int, object]) -> int:
+        """Which cached block that nobody holds to give up. `idle` is ordered, the least recently
+        used first and of one sequence its tail before its head."""
+        return next(iter(idle))
+
+
+class Fcfs(Policy):
+    """First come, first served."""
+
+
+class Priority(Policy):
+    """The lowest `priority` value goes first, then the earliest arrival. Preempts the running
+    sequence with the highest value, also for an arrival whose value is lower."""
+
+    def key(self, seq: SequenceView, now_s: float) -> tuple[float, ...]:
+        return (seq.priority, seq.arrival_s)
+
+    def victim(
+        self, running: Sequence[SequenceView], needy: SequenceView
+    ) -> Decision[SequenceView | None]:
+        worst = max(running, key=lambda seq: (seq.priority, seq.arrival_s, seq.seq_id))
+        if needy not in running and worst.priority <= needy.priority:
+            return Decision(None, "nobody runs with a lower priority")
+        return Decision(worst, "lowest priority, came last")
+
+
+POLICIES: Mapping[str, type[Policy]] = {"fcfs": Fcfs, "priority": Priority}
+
+
+def make_policy(name: str) -> Policy:
+    """The policy registered as `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in POLICIES:
+        raise ConfigError("scheduling_policy", name, f"choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]()

@@ -1,0 +1,56 @@
+"""Every exception that Nano-vLLM raises on purpose. Each message names the field or file, the
+value found there, and what to do about it.
+
+    NanoVLLMError
+    ├── ConfigError             an engine setting is unknown or impossible      (a ValueError)
+    ├── InvalidRequestError     a prompt or sampling parameter is impossible    (a ValueError)
+    ├── ModelLoadError          a model's files are missing, damaged or of an unknown kind
+    ├── MissingDependencyError  an optional package is needed; names the extra  (an ImportError)
+    ├── RequestFailedError      one request ended with an error; the others went on
+    └── EngineDeadError         the engine was closed or its workers are gone
+"""
+
+
+class NanoVLLMError(Exception):
+    """Base of the tree: catch this to catch everything the engine raises on purpose."""
+
+
+class FieldError(NanoVLLMError, ValueError):
+    """A field holds a value that cannot be used.
+
+    Attributes:
+        field: name of the argument.
+        value: what was given.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        shown = repr(value)
+        super().__init__(f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'}: {remedy}")
+        self.field, self.value = field, value
+
+
+class ConfigError(FieldError):
+    """An engine setting is unknown or impossible."""
+
+
+class InvalidRequestError(FieldError):
+    """A prompt or a sampling parameter is impossible; nothing was queued."""
+
+
+class ModelLoadError(NanoVLLMError):
+    """A model's files are missing, damaged or of an unknown kind."""
+
+
+class MissingDependencyError(NanoVLLMError, ImportError):
+    """An optional package is needed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install 'nano-vllm[{extra}]'")
+
+
+class RequestFailedError(NanoVLLMError):
+    """One request ended with an error; the others went on."""
+
+
+class EngineDeadError(NanoVLLMError):
+    """The engine was closed or its workers are gone: make a new one."""
