@@ -50,6 +50,7 @@ class SamplingParams:
             vocabulary. prompt_logprobs: the same for the prompt.
         logit_bias: token id -> added to its logit, clipped to [-100, 100].
         allowed_token_ids: nothing else is sampled. bad_words: these are never completed.
+        bad_words_token_ids: bad_words as token ids; the engine fills it in.
         detokenize, skip_special_tokens, spaces_between_special_tokens: how text is made.
 
     Raises:
@@ -75,6 +76,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = ()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True

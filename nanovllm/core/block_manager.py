@@ -56,7 +56,7 @@ class BlockManager:
         free + cached-idle + referenced = all blocks;
         a block's ref_count is the number of block tables that hold it;
         only full blocks have a hash, and of blocks with equal content only one has;
-        nobody writes to a block that another table holds.
+        only the sequence that allocated a block writes to it, and each position once.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class BlockManager:
         """The chain hashes of all full blocks of `seq`; each is computed once."""
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), seq.num_tokens // size):
-            parent = hashes[-1] if hashes else seq.cache_salt.encode()
+            parent = hashes[-1] if hashes else seq.cache_salt.encode(errors="surrogatepass")
             tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
             hashes.append(blake2b(parent + tokens, key=self.key, digest_size=16).digest())
         return hashes

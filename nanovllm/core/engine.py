@@ -1,5 +1,6 @@
 """EngineCore: add, abort, step. The loop that everything else feeds or reads."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
@@ -10,6 +11,8 @@ from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
@@ -39,8 +42,10 @@ class EngineCore:
     ) -> None:
         self.scheduler, self.executor, self.events = scheduler, executor, scheduler.events
         self.eos_token_ids, self.seed = frozenset(eos_token_ids), seed
-        pool = scheduler.blocks.num_blocks * scheduler.blocks.block_size
-        self.max_num_tokens = min(max_model_len, pool)  # so that each sequence can end, alone
+        limits = [max_model_len, scheduler.blocks.num_blocks * scheduler.blocks.block_size]
+        if not scheduler.enable_chunked_prefill:
+            limits.append(scheduler.max_num_batched_tokens)
+        self.max_num_tokens = min(limits)  # so that each sequence can end, alone
         self.num_added = 0
 
     @property
@@ -66,19 +71,20 @@ class EngineCore:
             arrival_s: on the engine's clock; None is now.
 
         Raises:
-            InvalidRequestError: the prompt is empty or can never fit; nothing was queued.
+            InvalidRequestError: the prompt is empty or can never fit, or a sample's seed is out
+                of range; nothing was queued.
         """
         try:
             self.check_length(len(prompt_token_ids))
+            samples = [params.for_sample(index) for index in range(params.n)]
         except InvalidRequestError as error:
             self.events.record(Kind.REJECTED, -1, str(error))
             raise
         ends = frozenset(params.stop_token_ids or ())
         longest = len(prompt_token_ids) + (params.max_tokens or self.max_num_tokens)
         sequences = []
-        for index in range(params.n):
+        for index, sample in enumerate(samples):
             seq_id, self.num_added = self.num_added, self.num_added + 1
-            sample = params.for_sample(index)
             if sample.seed is None:
                 sample = replace(sample, seed=self.seed + seq_id)
             seq = Sequence(
@@ -105,8 +111,9 @@ class EngineCore:
             raise InvalidRequestError(
                 "prompt",
                 f"{num_prompt_tokens} tokens",
-                f"must be shorter than {self.max_num_tokens} tokens (the smaller of max_model_len "
-                "and the KV cache): shorten it, or raise max_model_len or num_kv_blocks",
+                f"must be shorter than {self.max_num_tokens} tokens (the smallest of "
+                "max_model_len, the KV cache and, without chunked prefill, "
+                "max_num_batched_tokens): shorten it, or raise that setting",
             )
 
     def abort(self, sequences: Iterable[Sequence]) -> None:
@@ -133,6 +140,7 @@ class EngineCore:
         try:
             result = self.executor.execute(plan)
         except Exception as error:  # this step's sequences end; the engine goes on
+            logger.exception("step %d failed; its %d sequences end", plan.step, len(plan.seq_ids))
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
         except BaseException:  # Ctrl-C: the same, and the caller hears of it
             self.scheduler.fail(plan, "interrupted")

@@ -35,7 +35,8 @@ class StepPlan:
             reaches its last known token samples the one after it.
         new_sequences: rows seen for the first time.
         new_block_ids: seq_id -> block ids to append to its block table.
-        removed: sequences to forget (finished, aborted, preempted) before anything else.
+        removed: sequences to forget (finished, aborted, preempted) before anything else; an id
+            that a rank does not hold is no error.
     """
 
     step: int

@@ -78,7 +78,7 @@ class Policy:
         return (seq.arrival_s,)
 
     def admit(self, seq: SequenceView, num_blocks: int, step: StepView) -> Decision[bool]:
-        """Whether to let `seq`, which needs `num_blocks` more blocks for its next chunk, run.
+        """Whether to let `seq` run: all its tokens would take `num_blocks` of those available.
 
         A sequence that was preempted comes back when there is also a spare block for each
         running one, or the next steps would throw it out again.

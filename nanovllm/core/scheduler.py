@@ -75,6 +75,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step: running sequences that want one token (decodes), then all that
         want more, running or waiting, in the order of the policy's keys."""
+        self.events.step += 1
         draft = Draft()
         decodes = [s for s in self.running.values() if s.num_tokens - s.num_computed_tokens == 1]
         prefills = []
@@ -86,13 +87,12 @@ class Scheduler:
             draft.lacking[seq.seq_id] = self._num_lacking(seq)
         view = self._view(draft, self.max_num_batched_tokens)
         (decode_limit, prefill_limit), _ = self.policy.share_budget(view)
-        self._schedule_decodes(draft, decodes[:decode_limit])
+        self._schedule_decodes(draft, decodes, min(decode_limit, self.max_num_batched_tokens))
         left = self.max_num_batched_tokens - len(draft.rows)
         self._schedule_prefills(draft, prefills, min(prefill_limit, left))
         removed: list[int] = []
         if draft.rows:  # else the plan is not sent
             removed, self.removed = self.removed, removed
-        self.events.step += 1
         return StepPlan(
             self.events.step,
             list(draft.rows),
@@ -109,6 +109,10 @@ class Scheduler:
             the sequences that got a token or ended with an error.
         """
         now_s, advanced, running = self.events.clock(), [], self.running
+        for seq_id, (position, entries) in result.prompt_logprobs.items():
+            if seq_id in running:
+                known = running[seq_id].prompt_logprobs
+                known.extend(entries[len(known) + 1 - position :])  # computed anew: once is enough
         for seq_id, token_id in zip(plan.seq_ids, result.token_ids, strict=True):
             if token_id < 0 or (seq := running.get(seq_id)) is None:
                 continue  # part of a prompt, or aborted meanwhile
@@ -126,10 +130,6 @@ class Scheduler:
         for seq in advanced if result.logprobs else ():
             if seq.seq_id in result.logprobs:
                 seq.logprobs.append(result.logprobs[seq.seq_id])
-        for seq_id, (position, entries) in result.prompt_logprobs.items():
-            if seq_id in running:
-                known = running[seq_id].prompt_logprobs
-                known.extend(entries[len(known) + 1 - position :])  # computed anew: once is enough
         for seq_id, message in result.errors.items():
             if seq_id in running:
                 advanced.append(running[seq_id])
@@ -144,6 +144,7 @@ class Scheduler:
             self.blocks.forget(seq, seq.num_computed_tokens - scheduled[seq.seq_id])
         for seq in failed:
             self.finish(seq, "error", message)
+        self.removed += plan.removed  # a rank may not have come to it
         return failed
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
@@ -161,11 +162,11 @@ class Scheduler:
 
     # The two halves of a plan
 
-    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence]) -> None:
-        if len(decodes) > self.blocks.num_available:  # somebody may have to go: the best first
+    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], limit: int) -> None:
+        if len(decodes) > min(limit, self.blocks.num_available):  # not all may go: the best first
             decodes.sort(key=self._key)
         rows, preempted = draft.rows, draft.preempted
-        for seq in decodes:
+        for seq in decodes[: max(limit, 0)]:
             if preempted and seq.seq_id in preempted:
                 continue
             end = seq.num_computed_tokens + 1
@@ -184,6 +185,7 @@ class Scheduler:
                 seq = prefills.pop()
                 if seq.seq_id not in draft.preempted and limit > 0:
                     limit -= self._continue(draft, seq, limit)
+                    admitting = admitting and not draft.preempted
             else:
                 num_tokens = self._admit(draft, self.waiting[0][1], limit)
                 limit -= num_tokens
@@ -204,7 +206,7 @@ class Scheduler:
         Returns:
             the tokens it computes in this step; 0 if it goes on waiting.
         """
-        if limit == 0:
+        if limit <= 0:
             return self._wait(seq, "no budget")
         matched = self.blocks.match(seq)
         num_stored = len(matched) * self.blocks.block_size

@@ -1,0 +1,72 @@
+"""From a conversation to a prompt: the model's chat template, rendered in jinja2's sandbox."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nanovllm.errors import InvalidRequestError
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+
+def render_chat(
+    config: Mapping[str, Any],
+    messages: Sequence[Message],
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """The prompt for a conversation.
+
+    Args:
+        config: tokenizer_config.json; has the template and the special tokens it may name.
+        chat_template: instead of the model's own. variables: more names for the template.
+
+    Raises:
+        InvalidRequestError: there is no message or no template, or it refuses the messages.
+    """
+    if not messages:
+        raise InvalidRequestError("messages", messages, "must hold at least one message")
+    source = chat_template or config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((t["template"] for t in source if t["name"] == "default"), None)
+    if source is None:
+        raise InvalidRequestError("chat_template", None, "the model has none; give one")
+    names = {**special_tokens(config), "add_generation_prompt": add_generation_prompt, **variables}
+    try:
+        return sandbox().from_string(source).render(messages=messages, **names)
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        raise InvalidRequestError("messages", messages, f"chat template: {error}") from error
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like, as templates know them."""
+    found = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def sandbox() -> ImmutableSandboxedEnvironment:
+    """An environment in which templates can neither reach Python nor change what they are given,
+    with the helpers that Hugging Face's templates expect."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    return environment

@@ -1,0 +1,1 @@
+"""How a plan reaches the ranks that carry it out."""

@@ -1,0 +1,71 @@
+"""The executor for one device: the model runs in this process."""
+
+from pathlib import Path
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.plan import StepPlan, StepResult
+from nanovllm.errors import ConfigError, EngineDeadError
+from nanovllm.kernels import attention_backend
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.load import load_model
+from nanovllm.worker.inputs import SequenceTable
+from nanovllm.worker.kv_cache import allocate, num_kv_blocks
+from nanovllm.worker.model_runner import ModelRunner
+
+
+class InlineExecutor:
+    """Loads the model and calls its runner.
+
+    Args:
+        config: resolved for the model. path: where the checkpoint is.
+
+    Attributes:
+        num_blocks: blocks in the KV cache.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, path: Path) -> None:
+        assert config.max_model_len is not None and config.max_num_seqs is not None
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, model_config.dtype, device)
+        backend = attention_backend(config.attention_backend, device, dtype)
+        model = load_model(
+            path,
+            model_config,
+            dtype=dtype,
+            device=device,
+            load_format=config.load_format,
+            max_positions=config.max_model_len,
+            seed=config.seed,
+        )
+        self.num_blocks = num_kv_blocks(config, model_config, dtype, device)
+        caches = allocate(model_config, self.num_blocks, config.block_size, dtype, device)
+        table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.runner: ModelRunner | None = ModelRunner(model, backend, caches, table, device)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.runner is None:
+            raise EngineDeadError("the engine is closed")
+        return self.runner.execute(plan)
+
+    def close(self) -> None:
+        """Give up the model and the cache."""
+        self.runner = None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", name, "torch finds no GPU here; the nearest is 'cpu'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is the checkpoint's (on a CPU bfloat16 for float16)."""
+    if name == "auto":
+        name = "bfloat16" if (checkpoint, device.type) == ("float16", "cpu") else checkpoint
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

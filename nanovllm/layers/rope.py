@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al., RoFormer, 2021)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Rope:
+    """Turns pairs (x[i], x[i + D/2]) of each head by an angle that grows with the position.
+
+    Args:
+        scaling: "rope_type" and its parameters, as in config.json; {} is the default kind.
+        max_positions: rows of the table. original_positions: what the model was trained for.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: Mapping[str, Any],
+        max_positions: int,
+        original_positions: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        frequencies, factor = rope_frequencies(theta, head_dim), 1.0
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            from nanovllm.layers.rope_scaling import scale  # only long-context models need it
+
+            frequencies, factor = scale(
+                str(kind), scaling, theta, head_dim, max_positions, original_positions
+            )  # [D/2], or [positions, D/2] where each position has its own
+        positions = torch.arange(max_positions, dtype=torch.float32)
+        angles_PD = (positions[:, None] * frequencies).repeat(1, 2)
+        self.cos_PD = (angles_PD.cos() * factor).to(device, dtype)
+        self.sin_PD = (angles_PD.sin() * factor).to(device, dtype)
+
+    def select(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for the tokens of a batch, [T, 1, D] each."""
+        return self.cos_PD[positions_T].unsqueeze(1), self.sin_PD[positions_T].unsqueeze(1)
+
+
+def rope_frequencies(theta: float | Tensor, head_dim: int, factor: float = 1) -> Tensor:
+    """How far each pair turns at a step of one position, in radians: [D/2], or, for a column of
+    thetas [P, 1], [P, D/2]. The first pair turns fastest; `factor` slows all of them."""
+    periods: Tensor = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return 1 / (factor * periods)
+
+
+def rotate(x_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """Queries or keys [T, heads, D], turned."""
+    half = x_TND.shape[-1] // 2
+    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
+    return x_TND * cos_T1D + turned * sin_T1D

@@ -1,0 +1,239 @@
+"""LLM: the parts put together, for use from Python."""
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from typing import Any, Self, TypeVar, cast
+
+from tqdm import tqdm
+
+from nanovllm.config import DEFAULT_MODEL, EngineConfig
+from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.engine import EngineCore
+from nanovllm.core.policy import make_policy
+from nanovllm.core.scheduler import Scheduler
+from nanovllm.errors import EngineDeadError, InvalidRequestError
+from nanovllm.executor.inline import InlineExecutor
+from nanovllm.models.checkpoint import locate, read_config
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text_engine import Prompt, Request, TextEngine
+from nanovllm.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+def build(config: EngineConfig) -> TextEngine:
+    """Load the model and put an engine together around it.
+
+    Raises:
+        ModelLoadError: the checkpoint cannot be had or is damaged.
+        ConfigError: a setting does not go with this model or machine.
+    """
+    path = locate(config.model)
+    model_config = read_config(path)
+    config = config.for_model(model_config.max_model_len)
+    assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = Tokenizer(locate(config.tokenizer) if config.tokenizer else path)
+    executor = InlineExecutor(config, model_config, path)
+    policy = make_policy(config.scheduling_policy)
+    blocks = BlockManager(
+        executor.num_blocks,
+        config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        evict=policy.evict,
+    )
+    scheduler = Scheduler(
+        blocks,
+        policy,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+    )
+    engine = EngineCore(
+        scheduler,
+        executor,
+        max_model_len=config.max_model_len,
+        eos_token_ids=model_config.eos_token_ids,
+        seed=config.seed,
+    )
+    return TextEngine(engine, tokenizer, model_config.vocab_size)
+
+
+class LLM:
+    """An engine to call from Python; vLLM's class of that name, as far as it is here.
+
+        with LLM("smollm2-135m") as llm:
+            print(llm.generate("The capital of France is")[0].outputs[0].text)
+
+    Args:
+        model, settings: see EngineConfig.
+
+    Raises:
+        ConfigError, ModelLoadError, MissingDependencyError: see `build`.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        self.config = EngineConfig.make(model=str(model), **settings)
+        self._text_engine: TextEngine | None = build(self.config)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Items[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all in one go.
+
+        Args:
+            prompts: a text, a list of token ids, {"prompt": text}, {"prompt_token_ids": ids}
+                (with "cache_salt" if wanted), or a list of these.
+            sampling_params: for all, or one for each. None: SamplingParams().
+            priority: one for each; lower goes first under the priority policy.
+
+        Returns:
+            an output for each prompt, in their order. A request that failed alone has
+            finish_reason "error".
+
+        Raises:
+            InvalidRequestError: a prompt or parameter is impossible; nothing was computed.
+            EngineDeadError: the engine is closed.
+        """
+        requests = self._submit(as_list(prompts), sampling_params, priority)
+        try:
+            for _ in self._run(requests, use_tqdm):
+                pass
+        finally:  # Ctrl-C leaves nothing behind
+            for request in requests:
+                self._alive().abort(request)
+        return [request.output() for request in requests]
+
+    def chat(
+        self,
+        messages: Items[Any],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or a list of conversations: `generate` on rendered prompts.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...].
+            chat_template: instead of the model's own. chat_template_kwargs: names for it.
+        """
+        from nanovllm.chat import render_chat
+
+        tokenizer = self.get_tokenizer()
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        prompts = []
+        for conversation in [messages] if one or not messages else messages:
+            text = render_chat(
+                tokenizer.config,
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt, and show how far it is after each step. Ending the iteration
+        early aborts the request."""
+        requests = self._submit([prompt], sampling_params, None)
+        try:
+            for request in self._run(requests, use_tqdm=False):
+                yield request.output(partial=True)
+        finally:
+            self._alive().abort(requests[0])
+
+    def get_tokenizer(self) -> Tokenizer:
+        tokenizer = self._alive().tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("skip_tokenizer_init", True, "there is no tokenizer")
+        return tokenizer
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters and gauges of the engine under vLLM's names."""
+        return self._alive().engine.get_metrics()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._alive().engine.scheduler.blocks.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Give up the model and its memory; closing twice does nothing."""
+        if self._text_engine is not None:
+            self._text_engine.engine.executor.close()
+            self._text_engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _alive(self) -> TextEngine:
+        if self._text_engine is None:
+            raise EngineDeadError("this LLM is closed; make a new one")
+        return self._text_engine
+
+    def _submit(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None,
+        priority: Items[int] | None,
+    ) -> list[Request]:
+        """Check all prompts, then queue all."""
+        engine = self._alive()
+        params = spread("sampling_params", sampling_params or SamplingParams(), len(prompts))
+        priorities = spread("priority", 0 if priority is None else priority, len(prompts))
+        prepared = [engine.prepare(*pair) for pair in zip(prompts, params, strict=True)]
+        return [
+            engine.submit(request, priority=p)
+            for request, p in zip(prepared, priorities, strict=True)
+        ]
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[Request]:
+        """Step the engine until the requests are done; yield each as often as it advances."""
+        engine, waiting, num_tokens = self._alive(), set(requests), 0
+        with tqdm(total=len(requests), desc="Requests", disable=not use_tqdm) as bar:
+            while waiting:
+                for request in engine.step():
+                    num_tokens += 1
+                    if request in waiting:
+                        yield request
+                    if request.finished and request in waiting:
+                        waiting.remove(request)
+                        bar.update()
+                rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} output tok/s", refresh=False)
+
+
+def as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
+    """A single prompt as a list of one; a list of ids is a single prompt."""
+    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Items[Prompt], prompts))
+
+
+def spread(field: str, value: T | Items[T], count: int) -> list[T]:
+    """One value for each of `count` prompts.
+
+    Raises:
+        InvalidRequestError: there are several, and not as many as prompts.
+    """
+    if not isinstance(value, Items):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequestError(field, value, f"give one, or one for each of {count} prompts")
+    return list(value)

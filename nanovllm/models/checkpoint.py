@@ -1,0 +1,85 @@
+"""A checkpoint on disk: where MODEL is, and its tensors one by one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanovllm.errors import ModelLoadError
+from nanovllm.models.config import ModelConfig, read_json
+
+
+def locate(model: str) -> Path:
+    """The folder (or .gguf file) of MODEL: a path, "smollm2-135m", or a hub id to be fetched.
+
+    Raises:
+        ModelLoadError: it is none of these, or cannot be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    from nanovllm.models.fetch import fetch  # talks to the network, so only when it must
+
+    return fetch(model)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape of the model at `path` (see `locate`)."""
+    if path.suffix == ".gguf":
+        from nanovllm.models.gguf import gguf_config
+
+        return gguf_config(path)
+    return ModelConfig.from_folder(path)
+
+
+def open_tensors(path: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each tensor at `path`, named as Hugging Face's checkpoints name them.
+
+    All files are opened and their headers checked before the first tensor is read.
+
+    Args:
+        load_format: "auto" takes what is there.
+
+    Raises:
+        ModelLoadError: no weights, a damaged file, a missing shard, or pickle weights.
+    """
+    ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if load_format == "gguf" or (ggufs and not any(path.glob("*.safetensors"))):
+        if not ggufs:
+            raise ModelLoadError(f"{path}: holds no .gguf file; try load_format='auto'")
+        from nanovllm.models.gguf import gguf_tensors
+
+        return gguf_tensors(ggufs[0])
+    opened = []
+    for file in weight_files(path):
+        try:
+            opened.append(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{file}: not a whole safetensors file ({error})") from error
+    return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each known to be there."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = set(read_json(index)["weight_map"].values())
+        except (KeyError, AttributeError) as error:
+            raise ModelLoadError(f"{index}: not an index of weights ({error!r})") from error
+        files = sorted(folder / Path(name).name for name in names)
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if not file.is_file():
+            raise ModelLoadError(f"{file}: missing, though {index.name} names it")
+    if not files:
+        pickles = sorted(file for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))
+        if pickles:
+            raise ModelLoadError(
+                f"{pickles[0]}: pickle weights can run code, so they are not loaded; "
+                "convert the checkpoint to safetensors"
+            )
+        raise ModelLoadError(f"{folder}: holds no weights (*.safetensors or *.gguf)")
+    return files

@@ -1,0 +1,143 @@
+"""Llama 2 and 3 (Touvron et al., 2023), and what the families that came after it build on.
+
+tokens ─▶ embedding ─▶ [ norm ─▶ attention ─▶ + ─▶ norm ─▶ MLP ─▶ + ] × layers ─▶ norm ─▶ head
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanovllm.layers.linear import Embedding, Linear, MergedLinear
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rope import Rope, rotate
+from nanovllm.models.config import ModelConfig
+
+# (layer, q [T, N, D], k [T, K, D], v [T, K, D], sliding window) -> attended values [T, N, D].
+# Stores k and v in the layer's cache first. The model runner provides it for each step.
+Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
+Angles = tuple[Tensor, Tensor]
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention: N query heads, K key-value heads, N/K queries to each."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.window = self.sliding_window(config, layer)
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        sizes = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        input_bias, output_bias = self.biases(config)
+        self.qkv_proj = MergedLinear(config.hidden_size, sizes, bias=input_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=output_bias)
+
+    def biases(self, config: ModelConfig) -> tuple[bool, bool]:
+        """Whether (queries, keys and values; the output) have one."""
+        return config.attention_bias, config.attention_bias
+
+    def sliding_window(self, config: ModelConfig, layer: int) -> int | None:
+        """Positions that a token sees in this layer, itself included; None is all."""
+        return None
+
+    def norm_heads(self, q_TND: Tensor, k_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """For the families that normalise queries and keys before they are turned."""
+        return q_TND, k_TKD
+
+    def forward(self, x_TH: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x_TH))
+        q, k = self.norm_heads(q, k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.o_proj(attend(self.layer, q, k, v, self.window).flatten(1))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), the gated unit of Shazeer (2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        sizes = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
+        self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        gate_TF, up_TF = self.gate_up_proj(x_TH)
+        return self.down_proj(F.silu(gate_TF) * up_TF)
+
+
+class LlamaLayer(nn.Module):
+    """One block of the transformer; the residual stream is passed along beside x."""
+
+    attention_class: type[LlamaAttention] = LlamaAttention
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self.attention_class(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = self.make_mlp(config, layer)
+
+    def make_mlp(self, config: ModelConfig, layer: int) -> nn.Module:
+        return LlamaMLP(config)
+
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor, angles: Angles, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x_TH, residual_TH = self.input_layernorm.add(x_TH, residual_TH)
+        x_TH = self.self_attn(x_TH, angles, attend)
+        x_TH, residual_TH = self.post_attention_layernorm.add(x_TH, residual_TH)
+        return self.mlp(x_TH), residual_TH
+
+
+class LlamaModel(nn.Module):
+    """From token ids to the normalised hidden states."""
+
+    def __init__(self, config: ModelConfig, layer_class: type[LlamaLayer]) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids_T: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        x_TH = self.embed_tokens(input_ids_T)
+        residual_TH = torch.zeros_like(x_TH)
+        for layer in self.layers:
+            x_TH, residual_TH = layer(x_TH, residual_TH, angles, attend)
+        return self.norm.add(x_TH, residual_TH)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """The model and its head. Attribute names are those of the checkpoints.
+
+    Args:
+        max_positions: positions that sequences may reach.
+    """
+
+    layer_class: type[LlamaLayer] = LlamaLayer
+
+    def __init__(self, config: ModelConfig, max_positions: int) -> None:
+        super().__init__()
+        self.model = LlamaModel(config, self.layer_class)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rope = Rope(
+            config.head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            max_positions,
+            config.max_position_embeddings,
+            dtype=torch.get_default_dtype(),
+            device=self.lm_head.weight.device,
+        )
+
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, H] after the last norm; `attend` stores and reads the KV cache."""
+        return self.model(input_ids_T, self.rope.select(positions_T), attend)
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits [R, V] of the rows that are sampled."""
+        return self.lm_head(hidden_RH)

@@ -1,0 +1,111 @@
+"""Text to tokens and back, whole or token by token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nanovllm.errors import InvalidRequestError, ModelLoadError
+from nanovllm.models.config import read_json
+
+HALF = "\ufffd"  # what a decoder shows for bytes that are no whole character (yet)
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        path: a folder with tokenizer.json and, for chat, tokenizer_config.json; or a .gguf.
+
+    Raises:
+        ModelLoadError: there is no tokenizer, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.config: dict[str, Any] = {}
+        if path.suffix == ".gguf":
+            from nanovllm.models.gguf_tokenizer import gguf_tokenizer
+
+            self.backend, self.config = gguf_tokenizer(path)
+        else:
+            file = path / "tokenizer.json"
+            if not file.is_file():
+                raise ModelLoadError(f"{file}: missing; the engine needs it to read prompts")
+            try:
+                self.backend = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # the library raises Exception itself
+                raise ModelLoadError(f"{file}: not a tokenizer ({error})") from error
+            if (path / "tokenizer_config.json").exists():
+                self.config = read_json(path / "tokenizer_config.json")
+            if (path / "chat_template.jinja").exists():
+                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+                self.config["chat_template"] = template
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            InvalidRequestError: it holds half a surrogate pair.
+        """
+        try:
+            token_ids: list[int] = self.backend.encode(
+                text, add_special_tokens=add_special_tokens
+            ).ids
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError("prompt", text, f"is not valid Unicode ({error})") from error
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str:
+        """What one token stands for, as far as it can be shown alone."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+
+class Detokenizer:
+    """Text that grows with its tokens, and never shows half a character.
+
+    A token's text can depend on the ones before it (spaces, characters split over tokens), so a
+    window of tokens is decoded: from `start`, the last place where text was whole, on.
+
+        tokens   a  b  c | d  e  f | g          [start, read): shown already, kept as context
+                           start     read       text of [start, end) past `shown` is new
+
+    Args:
+        context: tokens before the first, of the prompt.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.window = list(context[-5:])
+        self.read = len(self.window)
+        self.shown = len(self._decode(self.window))
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        self.window.append(token_id)
+        text = self._decode(self.window)
+        whole = text.rstrip(HALF)
+        new = whole[self.shown :]
+        self.shown = max(self.shown, len(whole))
+        if len(whole) == len(text):
+            self.window = self.window[self.read :]
+            self.read = len(self.window)
+            self.shown = len(self._decode(self.window))
+        return new
+
+    def finish(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        rest = self._decode(self.window)[self.shown :]
+        self.shown += len(rest)
+        return rest
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)

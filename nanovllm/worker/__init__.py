@@ -1,0 +1,1 @@
+"""The data plane: carries out a plan on one device. Computes, never decides."""
