@@ -9,8 +9,39 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+
+def chat_prompts(
+    tokenizer: Tokenizer,
+    messages: Sequence[Any],
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """A prompt, as text and token ids, for each conversation.
+
+    Args:
+        messages: a conversation or a list of them.
+        chat_template, add_generation_prompt: see `render_chat`. chat_template_kwargs: more names
+            for the template.
+    """
+    one = not messages or isinstance(messages[0], Mapping)
+    prompts = []
+    for conversation in [messages] if one else messages:
+        text = render_chat(
+            tokenizer.config,
+            conversation,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **(chat_template_kwargs or {}),
+        )
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+    return prompts
 
 
 def render_chat(

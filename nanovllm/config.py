@@ -2,33 +2,12 @@
 
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any
 
+from nanovllm.checks import check_fields, one_of, ranged
 from nanovllm.core.policy import POLICIES
 from nanovllm.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
-# field -> values it may have; each is listed where the error can name the nearest one.
-CHOICES: dict[str, tuple[object, ...]] = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "device": ("auto", "cpu", "cuda"),
-    "scheduling_policy": tuple(POLICIES),
-    "load_format": ("auto", "safetensors", "gguf", "dummy"),
-    "attention_backend": ("auto", "cpu", "reference"),
-    "tensor_parallel_size": (1,),
-    "quantization": (None,),
-}
-# field -> (kind, smallest, largest); None is allowed where it is the default.
-RANGES: dict[str, tuple[type, float, float]] = {
-    "max_model_len": (int, 2, 2**24),
-    "max_num_seqs": (int, 1, 2**16),
-    "max_num_batched_tokens": (int, 1, 2**24),
-    "block_size": (int, 1, 1024),
-    "num_kv_blocks": (int, 1, 2**31 - 1),
-    "kv_cache_memory_bytes": (int, 1, 2**63 - 1),
-    "gpu_memory_utilization": (float, 0.01, 1),
-    "seed": (int, 0, 2**62),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,25 +44,25 @@ class EngineConfig:
 
     model: str = DEFAULT_MODEL
     tokenizer: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    block_size: int = 16
-    num_kv_blocks: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
+    skip_tokenizer_init: bool = False
+    dtype: str = one_of("auto", "float32", "bfloat16", "float16")
+    device: str = one_of("auto", "cpu", "cuda")
+    max_model_len: int | None = ranged(None, 2, 2**24)
+    max_num_seqs: int | None = ranged(None, 1, 2**16)
+    max_num_batched_tokens: int | None = ranged(None, 1, 2**24)
+    block_size: int = ranged(16, 1, 1024)
+    num_kv_blocks: int | None = ranged(None, 1, 2**31)
+    kv_cache_memory_bytes: int | None = ranged(None, 1, 2**62)
+    gpu_memory_utilization: float = ranged(0.9, 0.01, 1.0)
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    scheduling_policy: str = "fcfs"
-    seed: int = 0
-    skip_tokenizer_init: bool = False
-    load_format: str = "auto"
-    attention_backend: str = "auto"
+    scheduling_policy: str = one_of(*POLICIES)
+    seed: int = ranged(0, 0, 2**62)
+    load_format: str = one_of("auto", "safetensors", "gguf", "dummy")
+    attention_backend: str = one_of("auto", "cpu", "reference")
     enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    quantization: str | None = None
+    tensor_parallel_size: int = one_of(1)
+    quantization: str | None = one_of(None)
 
     @classmethod
     def make(cls, **settings: object) -> "EngineConfig":
@@ -92,7 +71,7 @@ class EngineConfig:
         Raises:
             ConfigError: a name is unknown (the nearest is in the message) or a value impossible.
         """
-        names = [field.name for field in fields(cls)]
+        names = [entry.name for entry in fields(cls)]
         for name, value in settings.items():
             if name not in names:
                 near = get_close_matches(name, names, 1, 0.3) or ["model"]
@@ -100,30 +79,11 @@ class EngineConfig:
         return cls(**settings)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            choice, listed = getattr(self, name), [str(choice) for choice in choices]
-            if choice not in choices:
-                near = get_close_matches(str(choice), listed, 1, 0)[0]
-                raise ConfigError(name, choice, f"the nearest of {', '.join(listed)} is {near}")
-        for name, (kind, low, high) in RANGES.items():
-            value: Any = getattr(self, name)
-            optional = type(self).__dataclass_fields__[name].default is None
-            if value is None and optional:
-                continue
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                nearest = high if number and value > high else low
-                raise ConfigError(name, value, f"the nearest possible value is {nearest}")
-        for name, entry in type(self).__dataclass_fields__.items():
-            if isinstance(entry.default, bool) and not isinstance(getattr(self, name), bool):
-                raise ConfigError(name, getattr(self, name), "must be True or False")
-        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if num_seqs and num_tokens and num_tokens < num_seqs:
-            raise ConfigError(
-                "max_num_batched_tokens",
-                num_tokens,
-                f"each of max_num_seqs={num_seqs} needs a token; the nearest is {num_seqs}",
-            )
+        check_fields(self, ConfigError)
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs and tokens and tokens < seqs:
+            why = f"each of max_num_seqs={seqs} needs a token; the nearest is {seqs}"
+            raise ConfigError("max_num_batched_tokens", tokens, why)
 
     def for_model(self, longest: int) -> "EngineConfig":
         """The same with max_model_len, max_num_seqs and max_num_batched_tokens filled in.
@@ -134,20 +94,17 @@ class EngineConfig:
         Raises:
             ConfigError: the model cannot take max_model_len, or a step cannot take a prompt.
         """
-        length = self.max_model_len or longest
+        length, seqs = self.max_model_len or longest, self.max_num_seqs or 0
         if length > longest:
-            raise ConfigError("max_model_len", length, f"the nearest possible value is {longest}")
-        whole_prompt = 0 if self.enable_chunked_prefill else length
-        num_tokens = self.max_num_batched_tokens or max(2048, self.max_num_seqs or 0, whole_prompt)
-        if num_tokens < whole_prompt:
-            raise ConfigError(
-                "max_num_batched_tokens",
-                num_tokens,
-                f"without chunked prefill the nearest is max_model_len={whole_prompt}",
-            )
+            raise ConfigError("max_model_len", length, f"the model takes {longest}, the nearest")
+        least = 0 if self.enable_chunked_prefill else length
+        tokens = self.max_num_batched_tokens or max(2048, seqs, least)
+        if tokens < least:
+            why = f"without chunked prefill the nearest is max_model_len={least}"
+            raise ConfigError("max_num_batched_tokens", tokens, why)
         return replace(
             self,
             max_model_len=length,
-            max_num_seqs=self.max_num_seqs or min(256, num_tokens),
-            max_num_batched_tokens=num_tokens,
+            max_num_seqs=seqs or min(256, tokens),
+            max_num_batched_tokens=tokens,
         )

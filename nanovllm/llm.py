@@ -20,6 +20,7 @@ from nanovllm.text_engine import Prompt, Request, TextEngine
 from nanovllm.tokenizer import Tokenizer
 
 T = TypeVar("T")
+Params = SamplingParams | Items[SamplingParams] | None
 
 
 def build(config: EngineConfig) -> TextEngine:
@@ -30,35 +31,33 @@ def build(config: EngineConfig) -> TextEngine:
         ConfigError: a setting does not go with this model or machine.
     """
     path = locate(config.model)
-    model_config = read_config(path)
-    config = config.for_model(model_config.max_model_len)
+    model = read_config(path)
+    config = config.for_model(model.max_model_len)
     assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(locate(config.tokenizer) if config.tokenizer else path)
-    executor = InlineExecutor(config, model_config, path)
-    policy = make_policy(config.scheduling_policy)
-    blocks = BlockManager(
-        executor.num_blocks,
-        config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        evict=policy.evict,
-    )
+    executor, policy = InlineExecutor(config, model, path), make_policy(config.scheduling_policy)
     scheduler = Scheduler(
-        blocks,
+        BlockManager(
+            executor.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            evict=policy.evict,
+        ),
         policy,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
     )
-    engine = EngineCore(
+    core = EngineCore(
         scheduler,
         executor,
         max_model_len=config.max_model_len,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=model.eos_token_ids,
         seed=config.seed,
     )
-    return TextEngine(engine, tokenizer, model_config.vocab_size)
+    return TextEngine(core, tokenizer, model.vocab_size)
 
 
 class LLM:
@@ -76,12 +75,12 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         self.config = EngineConfig.make(model=str(model), **settings)
-        self._text_engine: TextEngine | None = build(self.config)
+        self._engine: TextEngine | None = build(self.config)
 
     def generate(
         self,
         prompts: Prompt | Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
         priority: Items[int] | None = None,
@@ -103,78 +102,57 @@ class LLM:
             EngineDeadError: the engine is closed.
         """
         requests = self._submit(as_list(prompts), sampling_params, priority)
-        try:
-            for _ in self._run(requests, use_tqdm):
-                pass
-        finally:  # Ctrl-C leaves nothing behind
-            for request in requests:
-                self._alive().abort(request)
+        for _ in self._run(requests, use_tqdm):
+            pass
         return [request.output() for request in requests]
 
     def chat(
         self,
         messages: Items[Any],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or a list of conversations: `generate` on rendered prompts.
 
         Args:
             messages: [{"role": "user", "content": "..."}, ...].
-            chat_template: instead of the model's own. chat_template_kwargs: names for it.
+            template: chat_template, add_generation_prompt, chat_template_kwargs; see
+                chat.chat_prompts.
         """
-        from nanovllm.chat import render_chat
+        from nanovllm.chat import chat_prompts
 
-        tokenizer = self.get_tokenizer()
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        prompts = []
-        for conversation in [messages] if one or not messages else messages:
-            text = render_chat(
-                tokenizer.config,
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **(chat_template_kwargs or {}),
-            )
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        prompts = chat_prompts(self.get_tokenizer(), messages, **template)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Complete one prompt, and show how far it is after each step. Ending the iteration
         early aborts the request."""
-        requests = self._submit([prompt], sampling_params, None)
-        try:
-            for request in self._run(requests, use_tqdm=False):
-                yield request.output(partial=True)
-        finally:
-            self._alive().abort(requests[0])
+        for request in self._run(self._submit([prompt], params, None), use_tqdm=False):
+            yield request.output(partial=True)
 
     def get_tokenizer(self) -> Tokenizer:
-        tokenizer = self._alive().tokenizer
+        tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise InvalidRequestError("skip_tokenizer_init", True, "there is no tokenizer")
         return tokenizer
 
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges of the engine under vLLM's names."""
-        return self._alive().engine.get_metrics()
+        return self.engine.core.get_metrics()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self._alive().engine.scheduler.blocks.reset_prefix_cache()
+        self.engine.core.scheduler.blocks.reset_prefix_cache()
 
     def close(self) -> None:
         """Give up the model and its memory; closing twice does nothing."""
-        if self._text_engine is not None:
-            self._text_engine.engine.executor.close()
-            self._text_engine = None
+        if self._engine is not None:
+            self._engine.core.executor.close()
+            self._engine = None
 
     def __enter__(self) -> Self:
         return self
@@ -182,41 +160,41 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _alive(self) -> TextEngine:
-        if self._text_engine is None:
+    @property
+    def engine(self) -> TextEngine:
+        if self._engine is None:
             raise EngineDeadError("this LLM is closed; make a new one")
-        return self._text_engine
+        return self._engine
 
     def _submit(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams] | None,
-        priority: Items[int] | None,
+        self, prompts: list[Prompt], params: Params, priority: Items[int] | None
     ) -> list[Request]:
         """Check all prompts, then queue all."""
-        engine = self._alive()
-        params = spread("sampling_params", sampling_params or SamplingParams(), len(prompts))
-        priorities = spread("priority", 0 if priority is None else priority, len(prompts))
-        prepared = [engine.prepare(*pair) for pair in zip(prompts, params, strict=True)]
-        return [
-            engine.submit(request, priority=p)
-            for request, p in zip(prepared, priorities, strict=True)
-        ]
+        engine, count = self.engine, len(prompts)
+        each = spread("sampling_params", params or SamplingParams(), count)
+        priorities = spread("priority", 0 if priority is None else priority, count)
+        prepared = [engine.prepare(*pair) for pair in zip(prompts, each, strict=True)]
+        queue = zip(prepared, priorities, strict=True)
+        return [engine.submit(request, priority=p) for request, p in queue]
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[Request]:
         """Step the engine until the requests are done; yield each as often as it advances."""
-        engine, waiting, num_tokens = self._alive(), set(requests), 0
-        with tqdm(total=len(requests), desc="Requests", disable=not use_tqdm) as bar:
-            while waiting:
-                for request in engine.step():
-                    num_tokens += 1
-                    if request in waiting:
-                        yield request
-                    if request.finished and request in waiting:
-                        waiting.remove(request)
+        engine, open_requests, num_tokens = self.engine, set(requests), 0
+        bar = tqdm(total=len(requests), desc="Requests", disable=not use_tqdm)
+        try:
+            while open_requests:
+                for request in open_requests.intersection(advanced := engine.step()):
+                    yield request
+                    if request.finished:
+                        open_requests.remove(request)
                         bar.update()
+                num_tokens += len(advanced)
                 rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} output tok/s", refresh=False)
+        finally:  # after Ctrl-C too, nothing is left behind
+            bar.close()
+            for request in open_requests:
+                engine.abort(request)
 
 
 def as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:

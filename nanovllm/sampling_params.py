@@ -1,29 +1,12 @@
 """SamplingParams: how one request's tokens are chosen. vLLM's names, defaults and meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from sys import float_info
 
+from nanovllm.checks import HUGE, check_fields, ranged
 from nanovllm.errors import InvalidRequestError
 
-HUGE = float_info.max
-TINY = float_info.min
-# name -> (kind, smallest, largest) allowed; None is refused unless it is the default.
-RANGES: dict[str, tuple[type, float, float]] = {
-    "n": (int, 1, 16_384),
-    "temperature": (float, 0, HUGE),
-    "top_p": (float, TINY, 1),
-    "top_k": (int, -1, HUGE),
-    "min_p": (float, 0, 1),
-    "seed": (int, -(2**63), 2**63 - 1),
-    "presence_penalty": (float, -2, 2),
-    "frequency_penalty": (float, -2, 2),
-    "repetition_penalty": (float, TINY, HUGE),
-    "max_tokens": (int, 1, HUGE),
-    "min_tokens": (int, 0, HUGE),
-    "logprobs": (int, -1, HUGE),
-    "prompt_logprobs": (int, -1, HUGE),
-}
+TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +40,23 @@ class SamplingParams:
         InvalidRequestError: a value is out of its range.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    n: int = ranged(1, 1, 16_384)
+    temperature: float = ranged(1.0, 0.0, HUGE)
+    top_p: float = ranged(1.0, TINY, 1.0)
+    top_k: int = ranged(0, -1, 2**62)
+    min_p: float = ranged(0.0, 0.0, 1.0)
+    seed: int | None = ranged(None, -(2**63), 2**63)
+    presence_penalty: float = ranged(0.0, -2.0, 2.0)
+    frequency_penalty: float = ranged(0.0, -2.0, 2.0)
+    repetition_penalty: float = ranged(1.0, TINY, HUGE)
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
+    max_tokens: int | None = ranged(16, 1, 2**62)
+    min_tokens: int = ranged(0, 0, 2**62)
+    logprobs: int | None = ranged(None, -1, 2**62)
+    prompt_logprobs: int | None = ranged(None, -1, 2**62)
+    logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = ()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
@@ -83,34 +66,21 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for name, (kind, low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
-                continue
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                word = "an integer" if kind is int else "a number"
-                bound = f"at least {low:g}" if high >= 2**62 else f"from {low:g} to {high:g}"
-                raise InvalidRequestError(name, value, f"must be {word} {bound}")
+        check_fields(self, InvalidRequestError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
-                "min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}"
-            )
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name, values, kind in (
-            ("stop", stop, str),
-            ("stop_token_ids", self.stop_token_ids, int),
-            ("bad_words", self.bad_words, str),
-            ("allowed_token_ids", self.allowed_token_ids, int),
-            ("logit_bias", self.logit_bias, int),
-        ):
-            if any(not isinstance(v, kind) or v == "" for v in values or ()):
-                word = "a non-empty string" if kind is str else "a token id"
-                raise InvalidRequestError(name, values, f"each entry must be {word}")
-            if name != "logit_bias" and not (values is None and name == "allowed_token_ids"):
-                object.__setattr__(self, name, tuple(values or ()))
-        if self.allowed_token_ids == ():
-            raise InvalidRequestError("allowed_token_ids", (), "name at least one token, or None")
+            why = f"must be at most max_tokens={self.max_tokens}"
+            raise InvalidRequestError("min_tokens", self.min_tokens, why)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        lists = ("stop", "bad_words", "stop_token_ids", "allowed_token_ids", "logit_bias")
+        for name in lists:
+            kind = str if name in ("stop", "bad_words") else int
+            for entry in getattr(self, name) or ():
+                if not isinstance(entry, kind) or entry == "":
+                    word = "a non-empty string" if kind is str else "a token id"
+                    raise InvalidRequestError(name, entry, f"each entry must be {word}")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError("allowed_token_ids", [], "name at least one token, or None")
         for bias in (self.logit_bias or {}).values():
             if not isinstance(bias, (int, float)) or not -HUGE <= bias <= HUGE:
                 raise InvalidRequestError("logit_bias", bias, "each bias must be a finite number")
@@ -120,8 +90,19 @@ class SamplingParams:
         """True if the likeliest token is taken, without a draw."""
         return self.temperature < 1e-5
 
-    def for_sample(self, index: int) -> "SamplingParams":
+    @property
+    def truncates(self) -> bool:
+        """True if unlikely tokens are ruled out before a draw."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def plain(self) -> bool:
+        """True if the model's logits decide alone, up to temperature."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        masks = (self.min_tokens, self.logit_bias, self.allowed_token_ids, self.bad_words_token_ids)
+        return not (self.truncates or any(penalties) or any(masks))
+
+    def for_sample(self, index: int, default_seed: int) -> "SamplingParams":
         """The parameters of sample `index` of `n`: one sample, with a seed of its own."""
-        if self.n == 1:
-            return self
-        return replace(self, n=1, seed=None if self.seed is None else self.seed + index)
+        seed = default_seed if self.seed is None else self.seed + index
+        return replace(self, n=1, seed=seed % 2**63)

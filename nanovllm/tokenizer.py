@@ -62,9 +62,11 @@ class Tokenizer:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def token(self, token_id: int) -> str:
-        """What one token stands for, as far as it can be shown alone."""
-        return self.decode([token_id], skip_special_tokens=False)
+    def variants(self, word: str) -> list[list[int]]:
+        """Token ids of a word as it begins a text and as it follows a space."""
+        forms = (word, " " + word.lstrip())
+        found = [self.encode(form, add_special_tokens=False) for form in forms]
+        return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
 
 
 class Detokenizer:

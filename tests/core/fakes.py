@@ -24,7 +24,7 @@ class FakeExecutor:
     query's end and finds its own stream there, or the books of the scheduler are wrong.
 
     Attributes:
-        plans: all that came.
+        plans: all that came. last_written: (seq_id, position) that the last step stored.
         sample: tokens so far -> the next one.
         owner: seq_id -> what else the content depends on (the salt).
         failures: exceptions to raise, one a step, None for a good step. Each comes after the
@@ -41,6 +41,7 @@ class FakeExecutor:
     ) -> None:
         self.block_size, self.sample, self.owner = block_size, sample, owner
         self.plans: list[StepPlan] = []
+        self.last_written: list[tuple[int, int]] = []
         self.tokens: dict[int, list[int]] = {}
         self.streams: dict[int, list[int]] = {}  # hash of the stream up to each position
         self.tables: dict[int, list[int]] = {}
@@ -106,7 +107,8 @@ class FakeExecutor:
             for position in range(len(streams), len(tokens)):
                 before = streams[-1] if streams else hash(self.owner(seq_id))
                 streams.append(hash((before, tokens[position])))
-        for seq_id, position in self.written(plan):
+        self.last_written = self.written(plan)
+        for seq_id, position in self.last_written:
             stream = None if spoilt else self.streams[seq_id][position]
             self.kv[self.slot(seq_id, position)] = stream
 
@@ -183,7 +185,9 @@ class Rig:
         own = ("priority", "request_id", "cache_salt", "arrival_s")
         to_engine = {name: options.pop(name) for name in own if name in options}
         self.salts[self.engine.num_added] = str(to_engine.get("cache_salt", ""))
-        [seq] = self.engine.add(prompt, SamplingParams(max_tokens=max_tokens, **options), **to_engine)
+        [seq] = self.engine.add(
+            prompt, SamplingParams(max_tokens=max_tokens, **options), **to_engine
+        )
         return seq
 
     def step(self) -> dict[int, int]:
@@ -209,4 +213,6 @@ class Rig:
 
     def said(self, *kinds: str) -> list[tuple[str, int, str]]:
         """(kind, seq_id, reason) of the events so far, of these kinds or all."""
-        return [(e.kind.value, e.seq_id, e.reason) for e in self.events if not kinds or e.kind in kinds]
+        return [
+            (e.kind.value, e.seq_id, e.reason) for e in self.events if not kinds or e.kind in kinds
+        ]

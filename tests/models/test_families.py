@@ -150,7 +150,9 @@ def greedy(
                 torch.tensor([0, *counts]).cumsum(0),
                 torch.tensor([int(p[-1]) + 1 for p in positions]),
                 tables[running],
-                torch.cat([tables[i][p // block_size] * block_size + p % 4 for i, p in pairs]),
+                torch.cat(
+                    [tables[i][p // block_size] * block_size + p % block_size for i, p in pairs]
+                ),
             ),
             block_size,
             torch.device("cpu"),
