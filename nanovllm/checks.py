@@ -4,7 +4,8 @@ holds all fields to it."""
 from dataclasses import field, fields
 from difflib import get_close_matches
 from sys import float_info
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from nanovllm.errors import FieldError
 
@@ -12,8 +13,8 @@ HUGE = float_info.max
 
 
 def ranged(default: Any, low: float, high: float) -> Any:
-    """A field that holds a number from low to high, an integer if low is one. None passes where
-    it is the default."""
+    """A field that holds a number from low to high, an integer if low is one; and None, if its
+    type says so."""
     return field(default=default, metadata={"range": (low, high)})
 
 
@@ -31,7 +32,7 @@ def check_fields(item: Any, error: type[FieldError]) -> None:
     """
     for entry in fields(item):
         value = getattr(item, entry.name)
-        if "range" in entry.metadata and not (value is None and entry.default is None):
+        if "range" in entry.metadata and not (value is None and NoneType in get_args(entry.type)):
             low, high = entry.metadata["range"]
             kind = int if isinstance(low, int) else (int, float)
             number = isinstance(value, kind) and not isinstance(value, bool)

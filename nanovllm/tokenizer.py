@@ -32,15 +32,15 @@ class Tokenizer:
             file = path / "tokenizer.json"
             if not file.is_file():
                 raise ModelLoadError(f"{file}: missing; the engine needs it to read prompts")
-            try:
-                self.backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises Exception itself
-                raise ModelLoadError(f"{file}: not a tokenizer ({error})") from error
             if (path / "tokenizer_config.json").exists():
                 self.config = read_json(path / "tokenizer_config.json")
-            if (path / "chat_template.jinja").exists():
-                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-                self.config["chat_template"] = template
+            try:
+                self.backend = tokenizers.Tokenizer.from_file(str(file))
+                file = path / "chat_template.jinja"
+                if file.exists():
+                    self.config["chat_template"] = file.read_text(encoding="utf-8")
+            except Exception as error:  # the library raises Exception itself
+                raise ModelLoadError(f"{file}: damaged ({error})") from error
         self.backend.no_truncation()
         self.backend.no_padding()
 
@@ -54,7 +54,7 @@ class Tokenizer:
             token_ids: list[int] = self.backend.encode(
                 text, add_special_tokens=add_special_tokens
             ).ids
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:  # which one depends on the version
             raise InvalidRequestError("prompt", text, f"is not valid Unicode ({error})") from error
         return token_ids
 
@@ -63,8 +63,10 @@ class Tokenizer:
         return text
 
     def variants(self, word: str) -> list[list[int]]:
-        """Token ids of a word as it begins a text and as it follows a space."""
-        forms = (word, " " + word.lstrip())
+        """Token ids of a word as it begins a text and as it follows a space. Spaces before it do
+        not count, unless it is nothing else."""
+        bare = word.lstrip()
+        forms = (bare, " " + bare) if bare else (word,)
         found = [self.encode(form, add_special_tokens=False) for form in forms]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
 
@@ -86,9 +88,9 @@ class Detokenizer:
         self, tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool = True
     ) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self.window = list(context[-5:])
-        self.read = len(self.window)
-        self.shown = len(self._decode(self.window))
+        tails = [list(context[-size:]) for size in (5, 6, 7, 8)]  # a character has 4 bytes at most
+        self.window = next((t for t in tails if not self._decode(t).startswith(HALF)), [])
+        self.read, self.shown = len(self.window), len(self._decode(self.window).rstrip(HALF))
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
@@ -97,7 +99,7 @@ class Detokenizer:
         whole = text.rstrip(HALF)
         new = whole[self.shown :]
         self.shown = max(self.shown, len(whole))
-        if len(whole) == len(text):
+        if new and len(whole) == len(text):
             self.window = self.window[self.read :]
             self.read = len(self.window)
             self.shown = len(self._decode(self.window))

@@ -5,7 +5,6 @@ bfloat16 is unknown to NumPy and Numba: its bits travel as uint16, and become a 
 them to the upper half of its 32 bits.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -15,61 +14,38 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from nanovllm.kernels import AttentionBatch, KVCache, reference
+from nanovllm.kernels import AttentionBatch, KVCache
+from nanovllm.kernels.reference import ReferenceAttention
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # omp shares torch's cores
 
 
-@dataclass(frozen=True, slots=True)
-class CpuAttention:
-    """One batch's attention."""
+class CpuAttention(ReferenceAttention):
+    """One batch's attention: sequences with one query in place, the others as the reference."""
 
-    batch: AttentionBatch
-    rest: reference.ReferenceAttention
-    decodes: Tensor  # [rows] sequences with one query
-    tokens: Tensor  # [rows] and where it is in T
-    prefills: list[tuple[int, int, int]]  # (sequence, first token, past the last one)
+    def __init__(self, batch: AttentionBatch, block_size: int, device: torch.device) -> None:
+        super().__init__(batch, block_size, device)
+        single = batch.query_starts.diff() == 1
+        self.sequences = (~single).nonzero().flatten().tolist()
+        self.tokens = batch.query_starts[:-1][single]  # where in T each single query is
+        self.decode_tables = batch.block_tables[single].numpy()
+        self.decode_lengths = batch.context_lens[single].numpy()
 
     def __call__(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: KVCache, window: int | None
     ) -> Tensor:
-        self.rest.store(k_TKD, v_TKD, cache)
-        out_TND = torch.empty_like(q_TND)
-        if len(self.decodes):
-            out_BND = torch.empty((len(self.decodes), *q_TND.shape[1:]), dtype=torch.float32)
-            attend_paged(
-                q_TND[self.tokens].float().numpy(),
-                _numpy(cache.k),
-                _numpy(cache.v),
-                self.batch.block_tables[self.decodes].numpy(),
-                self.batch.context_lens[self.decodes].numpy(),
-                0 if window is None else window,
-                out_BND.numpy(),
-            )
+        out_TND = super().__call__(q_TND, k_TKD, v_TKD, cache, window)
+        if len(self.tokens):
+            q_BND = q_TND[self.tokens].float()
+            out_BND, bf16 = torch.empty_like(q_BND), cache.k.dtype == torch.bfloat16
+            k, v = (part.view(torch.uint16).numpy() if bf16 else part.numpy() for part in cache)
+            tables, lengths = self.decode_tables, self.decode_lengths
+            attend_paged(q_BND.numpy(), k, v, tables, lengths, window or 0, out_BND.numpy())
             out_TND[self.tokens] = out_BND.to(q_TND.dtype)
-        for b, start, end in self.prefills:
-            length = int(self.batch.context_lens[b])
-            table = self.batch.block_tables[b]
-            out_TND[start:end] = reference.attend_one(
-                q_TND[start:end], cache, table, length, window
-            )
         return out_TND
 
 
-def plan(batch: AttentionBatch, block_size: int, device: torch.device) -> CpuAttention:
-    """See kernels.AttentionBackend."""
-    starts = batch.query_starts
-    single = starts.diff() == 1
-    decodes = single.nonzero().squeeze(1)
-    prefills = [
-        (b, int(starts[b]), int(starts[b + 1])) for b in (~single).nonzero().squeeze(1).tolist()
-    ]
-    rest = reference.plan(batch, block_size, device)
-    return CpuAttention(batch, rest, decodes, starts[decodes], prefills)
-
-
-def _numpy(cache: Tensor) -> np.ndarray[Any, Any]:
-    return (cache.view(torch.uint16) if cache.dtype == torch.bfloat16 else cache).numpy()
+plan = CpuAttention
 
 
 @intrinsic
@@ -104,33 +80,24 @@ def attend_paged(
     group = num_heads // num_kv_heads
     scale = np.float32(1 / np.sqrt(head_dim))
     for item in numba.prange(num_seqs * num_kv_heads):
-        b, kv_head = item // num_kv_heads, item % num_kv_heads
-        length = lengths[b]
-        first = max(0, length - window) if window > 0 else 0
-        scores = np.empty((group, length - first), np.float32)
-        largest = np.full(group, -1e30, np.float32)  # fastmath knows no infinity
-        for position in range(first, length):
-            key = k_cache[tables[b, position // block_size], kv_head, position % block_size]
+        b, head = item // num_kv_heads, item % num_kv_heads
+        queries = q[b, head * group : (head + 1) * group]
+        first = max(0, lengths[b] - window) if window > 0 else 0
+        weights = np.empty((group, lengths[b] - first), np.float32)
+        for position in range(first, lengths[b]):
+            key = k_cache[tables[b, position // block_size], head, position % block_size]
             for g in range(group):
-                query = q[b, kv_head * group + g]
                 score = np.float32(0)
                 for d in range(head_dim):
-                    score += query[d] * _float(key[d])
-                score *= scale
-                scores[g, position - first] = score
-                largest[g] = max(largest[g], score)
-        totals = np.zeros(group, np.float32)
+                    score += queries[g, d] * _float(key[d])
+                weights[g, position - first] = score * scale
         for g in range(group):
-            for i in range(length - first):
-                scores[g, i] = np.exp(scores[g, i] - largest[g])
-                totals[g] += scores[g, i]
+            weights[g] = np.exp(weights[g] - weights[g].max())
+            weights[g] /= weights[g].sum()
         sums = np.zeros((group, head_dim), np.float32)
-        for position in range(first, length):
-            value = v_cache[tables[b, position // block_size], kv_head, position % block_size]
+        for position in range(first, lengths[b]):
+            value = v_cache[tables[b, position // block_size], head, position % block_size]
             for g in range(group):
-                weight = scores[g, position - first]
                 for d in range(head_dim):
-                    sums[g, d] += weight * _float(value[d])
-        for g in range(group):
-            for d in range(head_dim):
-                out[b, kv_head * group + g, d] = sums[g, d] / totals[g]
+                    sums[g, d] += weights[g, position - first] * _float(value[d])
+        out[b, head * group : (head + 1) * group] = sums

@@ -17,7 +17,10 @@ def locate(model: str) -> Path:
         ModelLoadError: it is none of these, or cannot be had.
     """
     path = Path(model).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if path.is_dir():
+        ggufs = list(path.glob("*.gguf"))  # one alone is a whole checkpoint
+        return ggufs[0] if len(ggufs) == 1 and not (path / "config.json").exists() else path
+    if path.suffix == ".gguf" and path.is_file():
         return path
     from nanovllm.models.fetch import fetch  # talks to the network, so only when it must
 
@@ -45,9 +48,10 @@ def open_tensors(path: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
         ModelLoadError: no weights, a damaged file, a missing shard, or pickle weights.
     """
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if load_format == "gguf" or (ggufs and not any(path.glob("*.safetensors"))):
-        if not ggufs:
-            raise ModelLoadError(f"{path}: holds no .gguf file; try load_format='auto'")
+    auto = load_format == "auto" and ggufs and not any(path.glob("*.safetensors"))
+    if auto or load_format == "gguf":
+        if len(ggufs) != 1:
+            raise ModelLoadError(f"{path}: holds {len(ggufs)} .gguf files; name one as the model")
         from nanovllm.models.gguf import gguf_tensors
 
         return gguf_tensors(ggufs[0])
@@ -65,10 +69,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = set(read_json(index)["weight_map"].values())
-        except (KeyError, AttributeError) as error:
+            names = {Path(name).name for name in read_json(index)["weight_map"].values()}
+        except (KeyError, AttributeError, TypeError) as error:
             raise ModelLoadError(f"{index}: not an index of weights ({error!r})") from error
-        files = sorted(folder / Path(name).name for name in names)
+        files = sorted(folder / name for name in names)
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -81,5 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{pickles[0]}: pickle weights can run code, so they are not loaded; "
                 "convert the checkpoint to safetensors"
             )
-        raise ModelLoadError(f"{folder}: holds no weights (*.safetensors or *.gguf)")
+        raise ModelLoadError(
+            f"{folder}: holds no weights (*.safetensors, or *.gguf with load_format='auto')"
+        )
     return files

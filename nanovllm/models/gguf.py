@@ -101,10 +101,9 @@ def dequantize(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
     """A tensor from its bytes, [..., bytes of a row]; quantized ones become float32."""
     if info.kind in PLAIN:
         return torch.from_numpy(raw.copy()).view(PLAIN[info.kind])
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
+    from gguf import GGMLQuantizationType, quants
 
-    return torch.from_numpy(dequantize(raw, GGMLQuantizationType[info.kind]))
+    return torch.from_numpy(quants.dequantize(raw, GGMLQuantizationType[info.kind]))
 
 
 def unpermute(path: Path, name: str, tensor: Tensor, heads: int) -> Tensor:

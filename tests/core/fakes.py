@@ -79,8 +79,10 @@ class FakeExecutor:
         return list(zip(plan.seq_ids, plan.num_scheduled_tokens, strict=True))
 
     def apply(self, plan: StepPlan) -> None:
+        known = (self.tokens, self.streams, self.tables, self.num_computed, self.num_stored)
         for seq_id in plan.removed:
-            self.tokens.pop(seq_id, None)
+            for part in known:
+                part.pop(seq_id, None)
         for new in plan.new_sequences:
             self.tokens[new.seq_id] = list(new.token_ids)
             self.streams[new.seq_id], self.tables[new.seq_id] = [], []

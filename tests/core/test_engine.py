@@ -145,12 +145,9 @@ def test_a_sequence_preempted_without_chunked_prefill_can_come_back():
     assert [(seq.num_tokens, seq.num_preemptions) for seq in seqs] == [(16, 0), (16, 1)]
 
 
-def test_a_seed_out_of_range_for_a_later_sample_queues_nothing():
-    rig = Rig()
-    with pytest.raises(InvalidRequestError, match="seed"):
-        rig.engine.add([5], SamplingParams(n=3, seed=2**63 - 2))
-    assert not rig.engine.has_unfinished
-    assert [event.kind for event in rig.events] == ["rejected"]
+def test_the_seeds_of_samples_wrap_around_at_the_end_of_their_range():
+    samples = Rig().engine.add([5], SamplingParams(n=3, seed=2**63 - 2))
+    assert [seq.params.seed for seq in samples] == [2**63 - 2, 2**63 - 1, 0]
 
 
 # Failures

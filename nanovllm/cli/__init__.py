@@ -1,0 +1,58 @@
+"""The `nanovllm` command. Each command is a module here with a `run`, imported when it is asked
+for; none imports torch before its flags are read and found to be good."""
+
+import os
+import sys
+from importlib import import_module
+
+from nanovllm import __version__
+from nanovllm.cli.flags import Parser
+from nanovllm.errors import FieldError, NanoVLLMError
+
+COMMANDS = {
+    "generate": "complete prompts",
+    "chat": "talk with a model",
+    "pull": "fetch a model, or see that it is there and can be read",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `nanovllm`; None takes them from the command line.
+
+    Returns:
+        the exit status: 0; 1 if a model or a request failed; 2 if a flag or prompt is
+        impossible; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: --help and --version (0), or words that no command understands (2).
+    """
+    words = sys.argv[1:] if argv is None else argv
+    listing = "".join(f"\n  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        prog="nanovllm",
+        description="An LLM inference engine to read, change and run.",
+        epilog=f"commands:{listing}\n\n`nanovllm COMMAND --help` shows the flags of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    command = parser.parse_args(words[:1]).command
+    try:
+        status: int = import_module(f"nanovllm.cli.{command}").run(words[1:])
+        sys.stdout.flush()
+        return status
+    except NanoVLLMError as error:
+        report(error)
+        return 2 if isinstance(error, FieldError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as in `nanovllm generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def report(error: NanoVLLMError) -> None:
+    """One line on stderr."""
+    print(f"nanovllm: error: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -1,0 +1,169 @@
+"""`nanovllm chat`: a conversation in the terminal."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.cli import report
+from nanovllm.cli.flags import Parser, add_flags, given
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError, RequestFailedError
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.llm import LLM
+
+DEFAULTS = {"temperature": 0.0, "max_tokens": 512}
+NOT_HERE = ["seed", "n", "logprobs", "prompt_logprobs", "detokenize"]
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser(
+        prog="nanovllm chat",
+        usage="nanovllm chat [MODEL] [--system-prompt TEXT] [flags]",
+        description="Talk with a model. Takes the likeliest tokens; --temperature 1 samples.\n"
+        "/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.",
+        epilog="A list (--stop, ...) is given by repeating its flag.",
+    )
+    parser.add_argument("words", nargs="*", metavar="MODEL", help="the same as -m MODEL")
+    parser.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    add_flags(parser, EngineConfig, skip=["skip_tokenizer_init"])
+    add_flags(parser, SamplingParams, skip=NOT_HERE, defaults=DEFAULTS)
+    args, words = parser.parse(argv)
+    settings, params = given(args, EngineConfig), SamplingParams(**given(args, SamplingParams))
+    if len(words) + ("model" in settings) > 1:
+        parser.error("give one MODEL; questions are typed in the chat")
+    if words:
+        settings["model"] = words[0]
+    config = EngineConfig.make(**settings)  # so that a bad value is found before torch is imported
+
+    from nanovllm.llm import LLM
+
+    with LLM(**settings) as llm:
+        if sys.stdin.isatty():
+            say(f"{config.model}: /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+        talk(Conversation(llm, params, args.system_prompt))
+    return 0
+
+
+def talk(conversation: "Conversation") -> None:
+    """Answer line after line, until /quit or the end of input."""
+    for line in typed_lines():
+        match line.strip():
+            case "":
+                pass
+            case "/quit":
+                return
+            case "/reset":
+                conversation.turns.clear()
+                say("(starting over)")
+            case text:
+                try:
+                    conversation.answer(text)
+                except (InvalidRequestError, RequestFailedError) as error:
+                    report(error)
+
+
+class Conversation:
+    """What was said, and how it goes on.
+
+    Attributes:
+        system: the system prompt, as a list of at most one message.
+        turns: the messages after it: user, assistant, user, ...
+    """
+
+    def __init__(self, llm: "LLM", params: SamplingParams, system_prompt: str | None) -> None:
+        self.llm, self.params = llm, params
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.turns: list[dict[str, str]] = []
+
+    def answer(self, text: str) -> None:
+        """Print the answer as it comes. Ctrl-C ends it; what has come stays in the conversation.
+
+        Raises:
+            InvalidRequestError, RequestFailedError: there is no answer; the question is dropped.
+        """
+        self.turns.append({"role": "user", "content": text})
+        shown, reason = "", None
+        try:
+            with interruptible() as interrupts:
+                for output in self.llm.stream(self.prompt(), self.params):
+                    sample = output.outputs[0]
+                    print(sample.text[len(shown) :], end="", flush=True)
+                    shown, reason = sample.text, sample.finish_reason
+                    if interrupts:
+                        break  # drops the iterator, which aborts the request
+            print(flush=True)
+            if reason == "error":
+                raise RequestFailedError(f"no answer: {sample.stop_reason}")
+        except (InvalidRequestError, RequestFailedError):
+            self.turns.pop()
+            raise
+        self.turns.append({"role": "assistant", "content": shown})
+        if reason == "length":
+            say(f"(cut after {len(sample.token_ids)} tokens; see --max-tokens)")
+        elif reason is None:
+            say("(stopped)")
+
+    def prompt(self) -> dict[str, Any]:
+        """The conversation as a prompt. The oldest turns are dropped until an answer fits in."""
+        from nanovllm.chat import chat_prompts
+
+        limit, dropped = self.llm.engine.core.max_num_tokens, 0
+        room = min(self.params.max_tokens or limit, limit // 4)
+        while True:
+            [prompt] = chat_prompts(self.llm.get_tokenizer(), [*self.system, *self.turns])
+            if len(prompt["prompt_token_ids"]) + room <= limit or len(self.turns) == 1:
+                break
+            del self.turns[:2]
+            dropped += 1
+        if dropped:
+            say(
+                f"(the conversation outgrew {limit} tokens: its {dropped} oldest turns are dropped)"
+            )
+        return prompt
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines of stdin, until it ends or Ctrl-C is pressed twice."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then has history and editing
+    interrupted = False
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                return
+            interrupted = True
+            say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")
+        else:
+            interrupted = False
+            yield line
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C adds to the list yielded here, so that the step under way can end; a second one
+    raises KeyboardInterrupt."""
+    seen: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say(text: str) -> None:
+    """A word of the program's own; stdout is for the model's."""
+    print(text, file=sys.stderr, flush=True)
