@@ -3,10 +3,10 @@
 make demo, or: python examples/demo.py
 """
 
-from dataclasses import dataclass, field
 from time import perf_counter
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine import Executor
 from nanovllm.core.plan import StepPlan, StepResult
 
@@ -18,7 +18,8 @@ How you answer:
 - Use plain words that a child of ten understands.
 - Be polite, be kind and be honest.
 - Give the answer first. Do not repeat the question, do not make lists, and do not tell stories.
-- If a question is about the world (geography, science, animals, words), say what you know.
+- If a question is about the world, or about science, animals, words or numbers, answer it from
+  what you know.
 - If a question is about the library, answer it from the facts below.
 
 Facts about the library:
@@ -36,53 +37,75 @@ Facts about the library:
 QUESTIONS = """\
 What is the capital of France?
 What is the capital of Japan?
+What is the largest ocean on Earth?
 Where is the library?
 What is the name of the librarian?
-What is the largest planet in the solar system?
-What is the largest ocean on Earth?
+How many books can I borrow?
 How many legs does a spider have?
-What is a noun?
-What is gravity?
+What do bees make?
+What is the chemical symbol for water?
 What is the opposite of hot?
-What is the boiling point of water?
+What is a noun?
 How many days are in a week?
 """.splitlines()
 
 
-@dataclass
 class Stopwatch:
-    """Stands between the engine and its executor, and notes what each step did.
+    """An executor that hands each plan on to the real one, and notes what the step took.
 
-    steps: (prompt tokens computed, output tokens sampled, blocks used, seconds)
+    steps: (tokens computed, whether some were of prompts, blocks in use, seconds) of each.
     """
 
-    llm: LLM
-    inner: Executor
-    steps: list[tuple[int, int, int, float]] = field(default_factory=list)
+    def __init__(self, executor: Executor, blocks: BlockManager) -> None:
+        self.executor, self.blocks = executor, blocks
+        self.steps: list[tuple[int, bool, int, float]] = []
 
     def execute(self, plan: StepPlan) -> StepResult:
-        start = perf_counter()
-        result = self.inner.execute(plan)
+        counts, start = plan.num_scheduled_tokens, perf_counter()
+        result = self.executor.execute(plan)
         seconds = perf_counter() - start
-        computed = sum(n for n in plan.num_scheduled_tokens if n > 1)
-        blocks = self.llm.engine.core.scheduler.blocks
-        used = round(blocks.usage * blocks.num_blocks)
-        sampled = sum(token_id >= 0 for token_id in result.token_ids)
-        self.steps.append((computed, sampled, used, seconds))
+        used = round(self.blocks.usage * self.blocks.num_blocks)
+        self.steps.append((sum(counts), max(counts) > 1, used, seconds))
         return result
 
     def close(self) -> None:
-        self.inner.close()
+        self.executor.close()
+
+
+def speed(steps: list[tuple[int, bool, int, float]], *, prefill: bool) -> str:
+    """Tokens a second of the steps with prompt tokens in them, or of the others."""
+    chosen = [(step[0], step[3]) for step in steps if step[1] == prefill]
+    tokens, seconds = (sum(column) for column in zip(*chosen, strict=True))
+    return f"{tokens / seconds:,.0f} tok/s   ({tokens} tokens in {len(chosen)} steps)"
 
 
 def main() -> None:
-    greedy = SamplingParams(temperature=0, max_tokens=64)
     system = {"role": "system", "content": SYSTEM_PROMPT}
+    chats = [[system, {"role": "user", "content": question}] for question in QUESTIONS]
+    print("Loading SmolLM2-135M-Instruct ...", flush=True)
     with LLM("smollm2-135m") as llm:
-        llm.generate("Hello", greedy, use_tqdm=False)  # compiles the kernels
-        llm.engine.core.executor = watch = Stopwatch(llm, llm.engine.core.executor)
-        answers = llm.chat(
-            [[system, {"role": "user", "content": question}] for question in QUESTIONS], greedy
-        )
-        for question, answer in zip(QUESTIONS, answers, strict=True):
-            print(f"\n  {question}\n    {answer.outputs[0].text}")
+        llm.generate("Hello", use_tqdm=False)  # compiles the kernels
+        core = llm.engine.core
+        core.executor = watch = Stopwatch(core.executor, core.scheduler.blocks)
+        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=64))
+        preemptions = llm.get_metrics()["num_preemptions_total"]
+
+    for question, output in zip(QUESTIONS, outputs, strict=True):
+        print(f"\n  {question}\n    {output.outputs[0].text}")
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_cached_tokens = sum(output.num_cached_tokens for output in outputs)
+    ttft_s = sum(output.timing.ttft_s or 0 for output in outputs) / len(outputs)
+    peak = max(used for _, _, used, _ in watch.steps)
+    print(f"""
+  prompt tokens   {num_prompt_tokens:,}
+  output tokens   {sum(len(output.outputs[0].token_ids) for output in outputs):,}
+  prefill         {speed(watch.steps, prefill=True)}
+  decode          {speed(watch.steps, prefill=False)}
+  mean TTFT       {ttft_s * 1000:,.0f} ms
+  prefix cache    {num_cached_tokens / num_prompt_tokens:.0%} hits   ({num_cached_tokens:,} tokens)
+  blocks used     {peak} of {watch.blocks.num_blocks:,} at the peak
+  preemptions     {preemptions:.0f}""")
+
+
+if __name__ == "__main__":
+    main()

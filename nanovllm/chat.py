@@ -29,7 +29,7 @@ def chat_prompts(
         chat_template, add_generation_prompt: see `render_chat`. chat_template_kwargs: more names
             for the template.
     """
-    one = not messages or isinstance(messages[0], Mapping)
+    one = not messages or isinstance(messages, Mapping) or isinstance(messages[0], Mapping)
     prompts = []
     for conversation in [messages] if one else messages:
         text = render_chat(
@@ -68,10 +68,11 @@ def render_chat(
         source = next((t["template"] for t in source if t["name"] == "default"), None)
     if source is None:
         raise InvalidRequestError("chat_template", None, "the model has none; give one")
-    names = {**special_tokens(config), "add_generation_prompt": add_generation_prompt, **variables}
+    names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    names |= special_tokens(config) | variables
     try:
         return sandbox().from_string(source).render(messages=messages, **names)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except Exception as error:  # a template can fail in any way
         raise InvalidRequestError("messages", messages, f"chat template: {error}") from error
 
 
@@ -92,12 +93,13 @@ def sandbox() -> ImmutableSandboxedEnvironment:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment.filters["tojson"] = to_json
     return environment

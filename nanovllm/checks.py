@@ -1,13 +1,17 @@
-"""Checks that settings and sampling parameters share: a field says what it may hold, one function
-holds all fields to it."""
+"""What is refused. A setting or sampling parameter says what it may hold, and one function holds
+all of them to it; another holds a request to its model."""
 
+from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from sys import float_info
 from types import NoneType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from nanovllm.errors import FieldError
+from nanovllm.errors import FieldError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from nanovllm.sampling_params import SamplingParams
 
 HUGE = float_info.max
 
@@ -47,3 +51,27 @@ def check_fields(item: Any, error: type[FieldError]) -> None:
             names = [str(choice) for choice in choices]
             nearest = get_close_matches(str(value), names, 1, 0)[0]
             raise error(entry.name, value, f"can be {', '.join(names)}; the nearest is {nearest}")
+
+
+def check_request(
+    prompt_token_ids: Sequence[Any], params: "SamplingParams", vocab_size: int, *, has_text: bool
+) -> None:
+    """Hold a request to what the model and its tokenizer (has_text: is there one?) can do.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    if (params.stop or params.bad_words) and not (has_text and params.detokenize):
+        name = "stop" if params.stop else "bad_words"
+        raise InvalidRequestError(name, getattr(params, name), "needs text: detokenize=True")
+    listed = ("stop_token_ids", "allowed_token_ids", "logit_bias")
+    given = {name: getattr(params, name) or () for name in listed}
+    for name, token_ids in {"prompt_token_ids": prompt_token_ids, **given}.items():
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                why = f"token ids are integers from 0 to {vocab_size - 1}"
+                raise InvalidRequestError(name, token_id, why)
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            why = f"the vocabulary has {vocab_size} tokens; -1 reports all"
+            raise InvalidRequestError(name, getattr(params, name), why)

@@ -104,7 +104,7 @@ class LLM:
         requests = self._submit(as_list(prompts), sampling_params, priority)
         for _ in self._run(requests, use_tqdm):
             pass
-        return [request.output() for request in requests]
+        return [self.engine.output(request) for request in requests]
 
     def chat(
         self,
@@ -132,7 +132,7 @@ class LLM:
         """Complete one prompt, and show how far it is after each step. Ending the iteration
         early aborts the request."""
         for request in self._run(self._submit([prompt], params, None), use_tqdm=False):
-            yield request.output(partial=True)
+            yield self.engine.output(request, partial=True)
 
     def get_tokenizer(self) -> Tokenizer:
         tokenizer = self.engine.tokenizer

@@ -1,11 +1,13 @@
 """Log probabilities as users see them: by token id, with the token's text."""
 
+from collections.abc import Iterable
+
 from nanovllm.core.plan import TokenLogprobs
 from nanovllm.outputs import Logprob, Logprobs
 from nanovllm.tokenizer import Tokenizer
 
 
-def show_logprobs(entries: list[TokenLogprobs], tokenizer: Tokenizer | None) -> list[Logprobs]:
+def show_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer | None) -> list[Logprobs]:
     """A dictionary per position: the token that is there first, then the likeliest."""
     shown: list[Logprobs] = []
     for entry in entries:

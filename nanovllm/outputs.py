@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.core.sequence import Sequence
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -45,6 +47,10 @@ class RequestTiming:
     scheduled_s: float | None
     first_token_s: float | None
     last_token_s: float | None
+
+    @classmethod
+    def of(cls, seq: Sequence) -> "RequestTiming":
+        return cls(seq.arrival_s, seq.scheduled_s, seq.first_token_s, seq.last_token_s)
 
     @property
     def ttft_s(self) -> float | None:

@@ -74,8 +74,11 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         lists = ("stop", "bad_words", "stop_token_ids", "allowed_token_ids", "logit_bias")
         for name in lists:
-            kind = str if name in ("stop", "bad_words") else int
-            for entry in getattr(self, name) or ():
+            entries, kind = getattr(self, name), str if name in ("stop", "bad_words") else int
+            shape, word = (Mapping, "dictionary") if name == "logit_bias" else (Sequence, "list")
+            if isinstance(entries, str) or not isinstance(entries, shape | None):
+                raise InvalidRequestError(name, entries, f"must be a {word}")
+            for entry in entries or ():
                 if not isinstance(entry, kind) or entry == "":
                     word = "a non-empty string" if kind is str else "a token id"
                     raise InvalidRequestError(name, entry, f"each entry must be {word}")

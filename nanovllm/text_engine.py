@@ -3,36 +3,47 @@
 `LLM` and whatever else takes requests in are built on this.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nanovllm.checks import check_request
 from nanovllm.core.engine import EngineCore
 from nanovllm.core.sequence import Sequence
 from nanovllm.errors import InvalidRequestError
 from nanovllm.outputs import CompletionOutput, Logprobs, RequestOutput, RequestTiming
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.tokenizer import Detokenizer, Tokenizer
+from nanovllm.tokenizer import Text, Tokenizer
 
 # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, each with "cache_salt" if wanted
 Prompt = str | Items[int] | Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that was accepted; `prompt` is its text, if it came as text."""
+@dataclass(eq=False, slots=True)
+class Request:
+    """A request that was accepted and, once submitted, its sequences and their texts.
+
+    Attributes:
+        prompt: its text, if it came as text.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str
+    sequences: list[Sequence] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(seq.finish_reason for seq in self.sequences)
 
 
 class TextEngine:
     """An EngineCore with a tokenizer on both sides.
 
-        prepare ─▶ submit ─▶ [ step ─▶ Request.output ] until Request.finished
+        prepare ─▶ submit ─▶ [ step ─▶ output ] until Request.finished
 
     Args:
         tokenizer: None refuses text and makes none.
@@ -43,51 +54,39 @@ class TextEngine:
         self.core, self.tokenizer, self.vocab_size = core, tokenizer, vocab_size
         self.requests: dict[int, Request] = {}  # by the id of each sequence that has not ended
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Check a request; nothing is queued before this accepted it.
 
         Raises:
             InvalidRequestError: names the field that makes it impossible.
         """
         fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-        text, salt = fields.get("prompt"), fields.get("cache_salt")
-        given: Any = fields.get("prompt_token_ids", text)
-        if not isinstance(given, Items):
-            raise InvalidRequestError("prompt", given, "must be a text or a list of token ids")
-        if not isinstance(salt, str | None):
+        text, salt = fields.get("prompt"), fields.get("cache_salt") or ""
+        token_ids: Any = fields.get("prompt_token_ids", text)
+        if isinstance(token_ids, str) and self.tokenizer is not None:
+            token_ids = self.tokenizer.encode(token_ids)
+        if isinstance(token_ids, str) or not isinstance(token_ids, Items):
+            raise InvalidRequestError("prompt", token_ids, "must be token ids, or text to tokenize")
+        if not isinstance(salt, str):
             raise InvalidRequestError("cache_salt", salt, "must be a string")
-        if self.tokenizer is None and (params.stop or params.bad_words or isinstance(given, str)):
-            raise InvalidRequestError("prompt", given, "without a tokenizer, give token ids only")
-        if params.stop and not params.detokenize:
-            raise InvalidRequestError("stop", params.stop, "is looked for in text: detokenize")
-        if self.tokenizer is not None:
-            if isinstance(given, str):
-                given = self.tokenizer.encode(given)
-            bad = [ids for word in params.bad_words or () for ids in self.tokenizer.variants(word)]
-            params = replace(params, bad_words_token_ids=bad) if bad else params
-        self.core.check_length(len(given))
-        self._check_ids("prompt_token_ids", given)
-        self._check_ids("stop_token_ids", params.stop_token_ids or ())
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_ids("logit_bias", params.logit_bias or ())
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.vocab_size:
-                why = f"the vocabulary has {self.vocab_size} tokens; -1 reports all"
-                raise InvalidRequestError(name, getattr(params, name), why)
-        text = text if isinstance(text, str) else None
-        return Prepared(text, list(given), params, salt or "")
+        self.core.check_length(len(token_ids))
+        has_text = self.tokenizer is not None
+        check_request(token_ids, params, self.vocab_size, has_text=has_text)
+        if params.bad_words and self.tokenizer is not None:
+            bad = [ids for word in params.bad_words for ids in self.tokenizer.variants(word)]
+            params = replace(params, bad_words_token_ids=bad)
+        return Request(text if isinstance(text, str) else None, list(token_ids), params, salt)
 
-    def submit(self, prepared: Prepared, *, request_id: str = "", priority: int = 0) -> "Request":
+    def submit(self, request: Request, *, request_id: str = "", priority: int = 0) -> Request:
         """Queue a request in the engine."""
-        sequences = self.core.add(
-            prepared.prompt_token_ids, prepared.params, request_id=request_id,
-            priority=priority, cache_salt=prepared.cache_salt,
-        )  # fmt: skip
-        request = Request(self.core, self.tokenizer, prepared, sequences)
-        self.requests |= dict.fromkeys((seq.seq_id for seq in sequences), request)
+        salt, prompt, params = request.cache_salt, request.prompt_token_ids, request.params
+        request.sequences = self.core.add(prompt, params, request_id, priority, salt)
+        tokenizer = self.tokenizer if params.detokenize else None
+        request.texts = [Text(seq, tokenizer) for seq in request.sequences]
+        self.requests |= dict.fromkeys((seq.seq_id for seq in request.sequences), request)
         return request
 
-    def step(self) -> list["Request"]:
+    def step(self) -> list[Request]:
         """One step of the engine.
 
         Returns:
@@ -95,121 +94,61 @@ class TextEngine:
         """
         advanced = []
         for seq in self.core.step():
-            advanced.append(self.requests[seq.seq_id])
-            advanced[-1].advance(seq)
+            request = self.requests[seq.seq_id]
+            advanced.append(request)
+            try:
+                stop = request.texts[seq.index].advance()
+            except Exception as error:  # of this sequence only
+                self.core.finish([seq], "error", f"{type(error).__name__}: {error}")
+            else:
+                if stop:
+                    self.core.finish([seq], "stop", stop)
+                    seq.finish_reason, seq.stop_reason = "stop", stop  # even if "length" is true
             if seq.finish_reason is not None:
                 del self.requests[seq.seq_id]
         return advanced
 
-    def abort(self, request: "Request") -> None:
+    def abort(self, request: Request) -> None:
         """End a request wherever it is; one that has ended stays as it is."""
         self.core.finish(request.sequences, "abort")
         for seq in request.sequences:
             self.requests.pop(seq.seq_id, None)
 
-    def _check_ids(self, field: str, token_ids: Iterable[Any]) -> None:
-        for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                why = f"token ids are integers from 0 to {self.vocab_size - 1}"
-                raise InvalidRequestError(field, token_id, why)
+    def output(self, request: Request, *, partial: bool = False) -> RequestOutput:
+        """A request as it stands.
 
-
-class Request:
-    """A request in the engine: its sequences, and their text as far as it is."""
-
-    def __init__(
-        self,
-        core: EngineCore,
-        tokenizer: Tokenizer | None,
-        prepared: Prepared,
-        sequences: list[Sequence],
-    ) -> None:
-        self.core, self.prepared, self.sequences = core, prepared, sequences
-        self.tokenizer = tokenizer if prepared.params.detokenize else None
-        self.texts = [Text(seq, self.tokenizer) for seq in sequences]
-
-    @property
-    def finished(self) -> bool:
-        return all(seq.finish_reason for seq in self.sequences)
-
-    def advance(self, seq: Sequence) -> None:
-        """Take in the token that `seq` got, or its end. An error here ends only this sequence."""
-        try:
-            stop = self.texts[seq.index].advance()
-        except Exception as error:
-            self.core.finish([seq], "error", f"{type(error).__name__}: {error}")
-        else:
-            if stop is not None:
-                self.core.finish([seq], "stop", stop)
-
-    def output(self, *, partial: bool = False) -> RequestOutput:
-        """The request as it stands. partial: leave out text that may be the start of a stop
-        string, so that what is shown never has to be taken back."""
-        first, prepared = self.sequences[0], self.prepared
+        Args:
+            partial: leave out text that may be the start of a stop string, so that what is shown
+                never has to be taken back.
+        """
+        first = request.sequences[0]
         prompt_logprobs: list[Logprobs | None] | None = None
-        if prepared.params.prompt_logprobs is not None:
-            from nanovllm.logprobs import show_logprobs
-
-            prompt_logprobs = [None, *show_logprobs(first.prompt_logprobs, self.tokenizer)]
-        times = first.arrival_s, first.scheduled_s, first.first_token_s, first.last_token_s
+        if request.params.prompt_logprobs is not None:
+            entries = [first.prompt_logprobs[i] for i in sorted(first.prompt_logprobs)]
+            prompt_logprobs = [None, *self._shown(request, entries)]
         return RequestOutput(
             first.request_id,
-            prepared.prompt,
-            prepared.prompt_token_ids,
+            request.prompt,
+            request.prompt_token_ids,
             prompt_logprobs,
-            [self._completion(seq, partial) for seq in self.sequences],
-            self.finished,
+            [self._completion(request, seq, partial) for seq in request.sequences],
+            request.finished,
             first.num_cached_tokens,
-            RequestTiming(*times),
+            RequestTiming.of(first),
         )
 
-    def _completion(self, seq: Sequence, partial: bool) -> CompletionOutput:
-        text, reason, logprobs, total = self.texts[seq.index], seq.stop_reason, None, None
-        if seq.params.logprobs is not None:
-            from nanovllm.logprobs import show_logprobs
-
-            logprobs = show_logprobs(seq.logprobs, self.tokenizer)
+    def _completion(self, request: Request, seq: Sequence, partial: bool) -> CompletionOutput:
+        text, logprobs, total = request.texts[seq.index], None, None
+        if request.params.logprobs is not None:
+            logprobs = self._shown(request, seq.logprobs)
             total = sum(entry.logprobs[0] for entry in seq.logprobs)
         shown = text.safe if partial and not seq.finish_reason else text.text
-        reason = None if reason in self.core.eos_token_ids else reason
-        ids = seq.output_token_ids
-        return CompletionOutput(seq.index, shown, ids, total, logprobs, seq.finish_reason, reason)
+        ids, end = seq.output_token_ids, seq.finish_reason
+        own_end = seq.stop_reason in self.core.eos_token_ids and not seq.params.ignore_eos
+        why = None if own_end else seq.stop_reason
+        return CompletionOutput(seq.index, shown, ids, total, logprobs, end, why)
 
+    def _shown(self, request: Request, entries: list[Any]) -> list[Logprobs]:
+        from nanovllm.logprobs import show_logprobs
 
-class Text:
-    """The text of one sequence, as it grows and until a stop string ends it."""
-
-    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
-        self.seq, self.text, self.num_read = seq, "", seq.num_prompt_tokens
-        self.stops = [str(stop) for stop in seq.params.stop or ()]
-        self.held = max(map(len, self.stops), default=1) - 1  # may turn out to begin a stop string
-        self.detokenizer = None
-        if tokenizer is not None:
-            skip = seq.params.skip_special_tokens
-            self.detokenizer = Detokenizer(tokenizer, seq.token_ids, skip_special_tokens=skip)
-
-    @property
-    def safe(self) -> str:
-        """The text without an end that may become a stop string."""
-        return self.text[: len(self.text) - self.held]
-
-    def advance(self) -> str | None:
-        """Read the new tokens of the sequence. Returns the stop string that the text ran into."""
-        seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
-        if detokenizer is None:
-            return None
-        begin, end = max(0, len(self.text) - self.held), seq.num_tokens
-        if isinstance(seq.stop_reason, int) and not params.include_stop_str_in_output:
-            end -= 1  # the token that stopped it is not part of the text
-        for token_id in seq.token_ids[self.num_read : end]:
-            self.text += detokenizer.push(token_id)
-        self.num_read = seq.num_tokens
-        if seq.finish_reason is not None:
-            self.text += detokenizer.finish()
-        found = [(self.text.find(stop, begin), stop) for stop in self.stops]
-        hits = [hit for hit in found if hit[0] >= 0]
-        if not hits or seq.num_tokens - seq.num_prompt_tokens <= params.min_tokens:
-            return None
-        at, stop = min(hits)
-        self.text = self.text[: at + len(stop) if params.include_stop_str_in_output else at]
-        return stop
+        return show_logprobs(entries, self.tokenizer if request.params.detokenize else None)

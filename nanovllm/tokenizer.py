@@ -1,11 +1,12 @@
 """Text to tokens and back, whole or token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from nanovllm.core.sequence import Sequence
 from nanovllm.errors import InvalidRequestError, ModelLoadError
 from nanovllm.models.config import read_json
 
@@ -58,7 +59,7 @@ class Tokenizer:
             raise InvalidRequestError("prompt", text, f"is not valid Unicode ({error})") from error
         return token_ids
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Items[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -85,11 +86,11 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool = True
+        self, tokenizer: Tokenizer, context: Items[int], *, skip_special_tokens: bool = True
     ) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         tails = [list(context[-size:]) for size in (5, 6, 7, 8)]  # a character has 4 bytes at most
-        self.window = next((t for t in tails if not self._decode(t).startswith(HALF)), [])
+        self.window = min(tails, key=lambda tail: self._decode(tail).count(HALF))
         self.read, self.shown = len(self.window), len(self._decode(self.window).rstrip(HALF))
 
     def push(self, token_id: int) -> str:
@@ -113,3 +114,45 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
+
+
+class Text:
+    """The text of one sequence, as it grows and until a stop string ends it.
+
+    Args:
+        tokenizer: None makes no text.
+    """
+
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+        self.seq, self.text, self.num_read = seq, "", seq.num_prompt_tokens
+        self.stops = list(seq.params.stop or ())
+        self.held = max(map(len, self.stops), default=1) - 1  # may turn out to begin a stop string
+        self.detokenizer = None
+        if tokenizer is not None:
+            skip = seq.params.skip_special_tokens
+            self.detokenizer = Detokenizer(tokenizer, seq.token_ids, skip_special_tokens=skip)
+
+    @property
+    def safe(self) -> str:
+        """The text without an end that may become a stop string."""
+        return self.text[: max(0, len(self.text) - self.held)]
+
+    def advance(self) -> str | None:
+        """Read the new tokens of the sequence. Returns the stop string that the text ran into."""
+        seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
+        if detokenizer is None:
+            return None
+        known, end = len(self.text), seq.num_tokens
+        if isinstance(seq.stop_reason, int) and not params.include_stop_str_in_output:
+            end -= 1  # the token that stopped it is not part of the text
+        for token_id in seq.token_ids[self.num_read : end]:
+            self.text += detokenizer.push(token_id)
+        self.num_read = seq.num_tokens
+        if seq.finish_reason is not None:
+            self.text += detokenizer.finish()
+        found = [(self.text.find(s, max(0, known - len(s) + 1)), s) for s in self.stops]
+        at, stop = min((hit for hit in found if hit[0] >= 0), default=(-1, None))
+        if stop is None or seq.num_tokens - seq.num_prompt_tokens <= params.min_tokens:
+            return None
+        self.text = self.text[: at + len(stop) if params.include_stop_str_in_output else at]
+        return stop

@@ -16,11 +16,11 @@ from nanovllm.tokenizer import HALF, Detokenizer, Tokenizer
 TEXTS = [
     "Hello, world!",
     "  two spaces,\n\n a tab\t and a line\r\n",
-    "naïve café, Å and Å",  # the last: A and a combining ring
+    "naïve café, \u00c5 and A\u030a",  # one character, and A with a combining ring
     "日本語のテキストと中文和한국어",
-    "😀👨‍👩‍👧‍👦🏳️‍🌈 🇫🇷",
+    "😀 👨\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🇫🇷",
     "עברית العربية हिन्दी ไทย",
-    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0001f9ff \x00\x7f",
+    "\U0001d518\U0001d52b \U0001f9ff \x00\x7f",
     "def f(x):\n    return x ** 2  # ²",
     "<|im_start|>user\nHi<|im_end|>",
     "a real \ufffd in the text \ufffd",

@@ -103,26 +103,25 @@ class Conversation:
             raise
         self.turns.append({"role": "assistant", "content": shown})
         if reason == "length":
-            say(f"(cut after {len(sample.token_ids)} tokens; see --max-tokens)")
+            say(f"(cut after {len(sample.token_ids)} tokens; see --max-tokens and --max-model-len)")
         elif reason is None:
             say("(stopped)")
 
     def prompt(self) -> dict[str, Any]:
-        """The conversation as a prompt. The oldest turns are dropped until an answer fits in."""
+        """The conversation as a prompt. The oldest turns are dropped so that an answer fits in,
+        but none if the question alone is too long."""
         from nanovllm.chat import chat_prompts
 
-        limit, dropped = self.llm.engine.core.max_num_tokens, 0
+        limit = self.llm.engine.core.max_num_tokens
         room = min(self.params.max_tokens or limit, limit // 4)
-        while True:
-            [prompt] = chat_prompts(self.llm.get_tokenizer(), [*self.system, *self.turns])
-            if len(prompt["prompt_token_ids"]) + room <= limit or len(self.turns) == 1:
+        for dropped in range(0, len(self.turns), 2):
+            turns = self.turns[dropped:]
+            [prompt] = chat_prompts(self.llm.get_tokenizer(), [*self.system, *turns])
+            if len(prompt["prompt_token_ids"]) + (room if len(turns) > 1 else 1) <= limit:
+                if dropped:
+                    say(f"(more than {limit} tokens: the {dropped} oldest messages are dropped)")
+                self.turns = turns
                 break
-            del self.turns[:2]
-            dropped += 1
-        if dropped:
-            say(
-                f"(the conversation outgrew {limit} tokens: its {dropped} oldest turns are dropped)"
-            )
         return prompt
 
 

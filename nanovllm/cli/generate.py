@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
+from os.path import expanduser, isdir
 
 from nanovllm.cli.flags import Parser, add_flags, given
 from nanovllm.config import DEFAULT_MODEL, EngineConfig
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
 def names_model(word: str) -> bool:
     """Whether the first of several words is a model's name and not a prompt."""
     path_like = ("/" in word or word.endswith(".gguf")) and not any(map(str.isspace, word))
-    return path_like or word == DEFAULT_MODEL or Path(word).expanduser().is_dir()
+    return path_like or word == DEFAULT_MODEL or isdir(expanduser(word))
 
 
 def show(output: RequestOutput, *, as_json: bool, with_prompt: bool) -> None:

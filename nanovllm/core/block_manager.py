@@ -6,7 +6,7 @@ time each block is in exactly one of three places:
           allocate                        release, unhashed
     free ──────────────▶ referenced ──────────────────────▶ free
      ▲                    ▲      │ release, hashed
-     │ evict              │ hit  ▼
+     │ evict              │ share▼
      └───────────────── cached-idle   (content kept for whoever comes with the same prefix)
 
 A full block is hashed together with everything before it: hash = H(hash of the block before it,
@@ -18,29 +18,23 @@ import os
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from nanovllm.core.sequence import Sequence
 
 
+@dataclass(eq=False, slots=True)
 class Block:
     """One block: its id, how many block tables hold it, and what it answers to once hashed."""
 
-    __slots__ = ("block_hash", "block_id", "ref_count", "token_ids")
-
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_count = 0
-        self.block_hash: bytes | None = None
-        self.token_ids: list[int] = []
+    block_id: int
+    ref_count: int = 0
+    block_hash: bytes | None = None
+    token_ids: list[int] = field(default_factory=list)
 
 
 Idle = Mapping[int, Block]  # cached-idle blocks by id, the least recently used first
-
-
-def least_recently_used(idle: Idle) -> int:
-    """The default choice of the block to evict."""
-    return next(iter(idle))
 
 
 class BlockManager:
@@ -50,7 +44,8 @@ class BlockManager:
         num_blocks: blocks in the pool.
         block_size: tokens a block.
         enable_prefix_caching: False hashes nothing and shares nothing.
-        evict: picks the cached-idle block to give up when no free one is left.
+        evict: picks the cached-idle block to give up when no free one is left; the least recently
+            used by default.
 
     Invariants (tests/core/test_invariants.py):
         free + cached-idle + referenced = all blocks;
@@ -65,7 +60,7 @@ class BlockManager:
         block_size: int,
         *,
         enable_prefix_caching: bool = True,
-        evict: Callable[[Idle], int] = least_recently_used,
+        evict: Callable[[Idle], int] = lambda idle: next(iter(idle)),
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.enable_prefix_caching, self.evict = enable_prefix_caching, evict
@@ -95,10 +90,9 @@ class BlockManager:
         """
         found: list[Block] = []
         if self.enable_prefix_caching and seq.params.prompt_logprobs is None:
-            size = self.block_size
             for i, block_hash in enumerate(self._hashes(seq)):
                 block = self.cached.get(block_hash)
-                if block is None or block.token_ids != seq.token_ids[i * size : (i + 1) * size]:
+                if block is None or block.token_ids != self._tokens(seq, i):
                     break
                 found.append(block)
         return found
@@ -107,15 +101,19 @@ class BlockManager:
         """How far sharing `matched` and allocating `num_new` blocks lowers num_available."""
         return num_new + sum(block.ref_count == 0 for block in matched)
 
-    def share(self, seq: Sequence, matched: Iterable[Block]) -> None:
-        """Begin the block table of `seq`, which is empty, with blocks that `match` found."""
+    def share(self, seq: Sequence, matched: Iterable[Block]) -> int:
+        """Begin the block table of `seq`, which is empty, with blocks that `match` found.
+
+        Returns:
+            the tokens that these hold.
+        """
         for block in matched:
-            if block.ref_count == 0:
-                del self.idle[block.block_id]
+            self.idle.pop(block.block_id, None)
             block.ref_count += 1
             seq.block_table.append(block.block_id)
         seq.num_hashed_blocks = len(seq.block_table)
         seq.num_slots = seq.num_hashed_blocks * self.block_size
+        return seq.num_slots
 
     def allocate(self, seq: Sequence, num_tokens: int) -> list[int]:
         """Lengthen the block table of `seq` to hold `num_tokens`; the caller knows they fit.
@@ -135,7 +133,7 @@ class BlockManager:
         seq.num_slots = len(seq.block_table) * self.block_size
         return seq.block_table[start:]
 
-    def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> bool:
+    def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Let the blocks of `seq` that `num_tokens` fill answer to their hashes.
 
         Called when the step that computes those tokens is planned. A twin admitted to that very
@@ -144,16 +142,13 @@ class BlockManager:
         """
         num_full = num_tokens // self.block_size
         if not self.enable_prefix_caching or num_full <= seq.num_hashed_blocks:
-            return False
-        size, hashes = self.block_size, self._hashes(seq)
+            return
+        hashes = self._hashes(seq)
         for i in range(seq.num_hashed_blocks, num_full):
-            block = self.blocks[seq.block_table[i]]
             if hashes[i] not in self.cached:
-                block.block_hash = hashes[i]
-                block.token_ids = seq.token_ids[i * size : (i + 1) * size]
-                self.cached[hashes[i]] = block
+                block = self.cached[hashes[i]] = self.blocks[seq.block_table[i]]
+                block.block_hash, block.token_ids = hashes[i], self._tokens(seq, i)
         seq.num_hashed_blocks = num_full
-        return True
 
     def forget(self, seq: Sequence, start: int) -> None:
         """Take back the hashes of the blocks of `seq` from token `start` on: their step failed."""
@@ -166,11 +161,10 @@ class BlockManager:
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
-            if block.ref_count == 0:
-                if block.block_hash is None:
-                    self.free.append(block_id)
-                else:
-                    self.idle[block_id] = block
+            if block.ref_count == 0 and block.block_hash is None:
+                self.free.append(block_id)
+            elif block.ref_count == 0:
+                self.idle[block_id] = block
         seq.block_table = []
         seq.num_slots = seq.num_hashed_blocks = 0
 
@@ -188,9 +182,12 @@ class BlockManager:
 
     def _hashes(self, seq: Sequence) -> list[bytes]:
         """The chain hashes of all full blocks of `seq`; each is computed once."""
-        hashes, size = seq.block_hashes, self.block_size
-        for i in range(len(hashes), seq.num_tokens // size):
+        hashes = seq.block_hashes
+        for i in range(len(hashes), seq.num_tokens // self.block_size):
             parent = hashes[-1] if hashes else seq.cache_salt.encode(errors="surrogatepass")
-            tokens = array("q", seq.token_ids[i * size : (i + 1) * size]).tobytes()
+            tokens = array("q", self._tokens(seq, i)).tobytes()
             hashes.append(blake2b(parent + tokens, key=self.key, digest_size=16).digest())
         return hashes
+
+    def _tokens(self, seq: Sequence, i: int) -> list[int]:
+        return seq.token_ids[i * self.block_size : (i + 1) * self.block_size]

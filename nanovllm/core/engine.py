@@ -55,7 +55,6 @@ class EngineCore:
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        *,
         request_id: str = "",
         priority: int = 0,
         cache_salt: str = "",
@@ -72,44 +71,33 @@ class EngineCore:
         Raises:
             InvalidRequestError: the prompt is empty or can never fit; nothing was queued.
         """
-        try:
-            self.check_length(len(prompt_token_ids))
-        except InvalidRequestError as error:
-            self.events.record(Kind.REJECTED, -1, str(error))
-            raise
+        self.check_length(len(prompt_token_ids))
+        first, sequences = self.num_added, []
+        now_s = self.events.clock() if arrival_s is None else arrival_s
         ends = frozenset(params.stop_token_ids or ())
+        ends = ends if params.ignore_eos else ends | self.eos_token_ids
         longest = len(prompt_token_ids) + (params.max_tokens or self.max_num_tokens)
-        sequences = []
         for index in range(params.n):
-            seq_id, self.num_added = self.num_added, self.num_added + 1
-            seq = Sequence(
-                seq_id,
-                prompt_token_ids,
-                params.for_sample(index, self.seed + seq_id),
-                request_id=request_id or str(seq_id - index),
-                index=index,
-                priority=priority,
-                cache_salt=cache_salt,
-                arrival_s=self.events.clock() if arrival_s is None else arrival_s,
-                stop_token_ids=ends if params.ignore_eos else ends | self.eos_token_ids,
-                max_num_tokens=min(longest, self.max_num_tokens),
-            )
-            self.scheduler.add(seq)
-            sequences.append(seq)
+            sample = params.for_sample(index, self.seed + self.num_added)
+            who = self.num_added, prompt_token_ids, sample, request_id or str(first), index
+            longest = min(longest, self.max_num_tokens)
+            sequences.append(Sequence(*who, priority, cache_salt, now_s, ends, longest))
+            self.scheduler.add(sequences[-1])
+            self.num_added += 1
         return sequences
 
     def check_length(self, num_prompt_tokens: int) -> None:
         """Refuse a prompt that is empty or leaves no room for a token of output."""
-        if num_prompt_tokens == 0:
-            raise InvalidRequestError("prompt", "", "must hold at least one token")
+        why = "must hold at least one token"
         if num_prompt_tokens >= self.max_num_tokens:
-            raise InvalidRequestError(
-                "prompt",
-                f"{num_prompt_tokens} tokens",
+            why = (
                 f"must be shorter than {self.max_num_tokens} tokens (the smallest of "
                 "max_model_len, the KV cache and, without chunked prefill, "
-                "max_num_batched_tokens): shorten it, or raise that setting",
+                "max_num_batched_tokens): shorten it, or raise that setting"
             )
+        if not 0 < num_prompt_tokens < self.max_num_tokens:
+            self.events.record(Kind.REJECTED, -1, why)
+            raise InvalidRequestError("prompt", f"{num_prompt_tokens} tokens", why)
 
     def abort(self, sequences: Iterable[Sequence]) -> None:
         """End sequences, wherever they are; those that have ended already stay as they are."""
@@ -143,16 +131,7 @@ class EngineCore:
         return self.scheduler.update(plan, result)
 
     def get_metrics(self) -> dict[str, float]:
-        """Counters and gauges under vLLM's names; token counts where they count tokens."""
-        counts, scheduler = self.events.counts, self.scheduler
-        return {
-            "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": len(scheduler.waiting),
-            "kv_cache_usage_perc": scheduler.blocks.usage,
-            "num_preemptions_total": counts[Kind.PREEMPTED],
-            "prefix_cache_queries_total": counts["prefix_cache_queries"],
-            "prefix_cache_hits_total": counts["prefix_cache_hits"],
-            "prompt_tokens_total": counts["prompt_tokens"],
-            "generation_tokens_total": counts["generation_tokens"],
-            "request_success_total": counts[Kind.FINISHED],
-        }
+        """Counters and gauges under vLLM's names."""
+        from nanovllm.core.metrics import metrics
+
+        return metrics(self.scheduler)

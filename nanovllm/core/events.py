@@ -3,35 +3,25 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 Clock = Callable[[], float]  # seconds that never go back; the simulator injects its own
-monotonic: Clock = time.monotonic
 
 
-class Kind(StrEnum):
-    """What happened to a sequence. An event's `reason` says why, in words."""
-
-    ADDED = "added"
-    WAITING = "waiting"  # looked at and left in the queue: no blocks, no budget, max_num_seqs
-    ADMITTED = "admitted"
-    CHUNKED = "chunked"  # got part of the prompt tokens it wanted
-    CACHE_HIT = "cache_hit"
-    CACHE_MISS = "cache_miss"
-    PREEMPTED = "preempted"
-    FINISHED = "finished"
-    ABORTED = "aborted"
-    REJECTED = "rejected"
+# What happened to a sequence; an event's `reason` says why, in words. WAITING: looked at and left
+# in the queue. CHUNKED: got part of the prompt tokens it wanted.
+Kind = StrEnum(
+    "Kind",
+    "ADDED WAITING ADMITTED CHUNKED CACHE_HIT CACHE_MISS PREEMPTED FINISHED ABORTED REJECTED",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One decision.
 
     Attributes:
-        time_s: on the engine's clock.
-        step: number of the step in which it was made.
+        time_s: on the engine's clock. step: the number of the step in which it was made.
         seq_id: the sequence concerned (-1: a request that never became one).
         data: numbers that go with it (tokens, blocks, the other sequence).
     """
@@ -44,14 +34,15 @@ class Event:
     data: dict[str, int]
 
 
-@dataclass(slots=True)
+Sink = Callable[[Event], None]
+
+
 class EventLog:
     """Counts every decision; hands each on as an Event to `sink` if there is one."""
 
-    clock: Clock = monotonic
-    sink: Callable[[Event], None] | None = None
-    step: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+    def __init__(self, clock: Clock = time.monotonic, sink: Sink | None = None) -> None:
+        self.clock, self.sink, self.step = clock, sink, 0
+        self.counts: Counter[str] = Counter()
 
     def record(self, kind: Kind, seq_id: int, reason: str, **data: int) -> None:
         self.counts[kind] += 1

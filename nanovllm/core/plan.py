@@ -68,11 +68,11 @@ class StepResult:
     Attributes:
         token_ids: per row of the plan, the sampled token, or -1 where none was.
         logprobs: seq_id -> of the sampled token, for those that asked.
-        prompt_logprobs: seq_id -> (position of the first, one entry per prompt token).
+        prompt_logprobs: seq_id -> position -> of the prompt token there.
         errors: seq_id -> message, for rows whose sampling failed.
     """
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, dict[int, TokenLogprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)

@@ -7,9 +7,12 @@ output will be, and they touch nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from nanovllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nanovllm.core.views import SequenceView
 
 T = TypeVar("T")
 
@@ -19,27 +22,6 @@ class Decision(NamedTuple, Generic[T]):
 
     value: T
     reason: str
-
-
-class SequenceView(Protocol):
-    """What a policy may know of a sequence (see core.sequence.Sequence)."""
-
-    @property
-    def seq_id(self) -> int: ...
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_computed_tokens(self) -> int: ...
-    @property
-    def num_preemptions(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +34,7 @@ class StepView:
         num_decodes: running sequences that want one token.
         num_prefills: running sequences that want more.
         num_waiting: sequences in the waiting queue.
-        num_available_blocks: blocks that can be allocated, less those that running prompts
-            have yet to take.
+        num_available_blocks: blocks that can be allocated.
     """
 
     now_s: float
@@ -72,12 +53,12 @@ class Policy:
 
     keys_change = False  # True: `key` depends on the time, so the queue is sorted anew each step
 
-    def key(self, seq: SequenceView, now_s: float) -> tuple[float, ...]:
+    def key(self, seq: "SequenceView", now_s: float) -> tuple[float, ...]:
         """Place in the queue for prefill tokens: the smallest goes first. Waiting sequences and
         running ones with prompt tokens left stand in one queue; ties go by arrival."""
         return (seq.arrival_s,)
 
-    def admit(self, seq: SequenceView, num_blocks: int, step: StepView) -> Decision[bool]:
+    def admit(self, seq: "SequenceView", num_blocks: int, step: StepView) -> Decision[bool]:
         """Whether to let `seq` run: all its tokens would take `num_blocks` of those available.
 
         A sequence that was preempted comes back when there is also a spare block for each
@@ -95,8 +76,8 @@ class Policy:
         return Decision((step.token_budget, step.token_budget), "decodes first")
 
     def victim(
-        self, running: Sequence[SequenceView], needy: SequenceView
-    ) -> Decision[SequenceView | None]:
+        self, running: Sequence["SequenceView"], needy: "SequenceView"
+    ) -> "Decision[SequenceView | None]":
         """Whom to preempt so that `needy` gets blocks or a place. A running `needy` is among
         `running` (never empty) and may be the victim itself, as it is when None is returned; a
         waiting one then goes on waiting. `running` is in order of admission."""
@@ -118,12 +99,12 @@ class Priority(Policy):
     """The lowest `priority` value goes first, then the earliest arrival. Preempts the running
     sequence with the highest value, also for an arrival whose value is lower."""
 
-    def key(self, seq: SequenceView, now_s: float) -> tuple[float, ...]:
+    def key(self, seq: "SequenceView", now_s: float) -> tuple[float, ...]:
         return (seq.priority, seq.arrival_s)
 
     def victim(
-        self, running: Sequence[SequenceView], needy: SequenceView
-    ) -> Decision[SequenceView | None]:
+        self, running: Sequence["SequenceView"], needy: "SequenceView"
+    ) -> "Decision[SequenceView | None]":
         worst = max(running, key=lambda seq: (seq.priority, seq.arrival_s, seq.seq_id))
         if needy not in running and worst.priority <= needy.priority:
             return Decision(None, "nobody runs with a lower priority")

@@ -7,35 +7,15 @@ share a batch.
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
+from heapq import merge
 
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.events import EventLog, Kind
-from nanovllm.core.plan import NewSequence, StepPlan, StepResult
-from nanovllm.core.policy import Policy, StepView
+from nanovllm.core.plan import StepPlan, StepResult
+from nanovllm.core.policy import Decision, Policy, StepView
 from nanovllm.core.sequence import Sequence, Status
 
 Key = tuple[tuple[float, ...], int]
-
-
-@dataclass(slots=True)
-class Draft:
-    """A plan while it is being made.
-
-    Attributes:
-        rows: seq_id -> tokens to compute, in the order of the batch.
-        filled: sequences with a block that becomes full in this step. A twin may share it
-            already, so these are no longer preempted.
-        preempted: sequences that lost their blocks in this step.
-        lacking: running sequence with prompt tokens left -> blocks that it has yet to allocate.
-    """
-
-    rows: dict[int, int] = field(default_factory=dict)
-    new_sequences: dict[int, NewSequence] = field(default_factory=dict)
-    new_block_ids: dict[int, list[int]] = field(default_factory=dict)
-    filled: set[int] = field(default_factory=set)
-    preempted: set[int] = field(default_factory=set)
-    lacking: dict[int, int] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -69,38 +49,28 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
-        self._enqueue(seq)
-        self.events.record(Kind.ADDED, seq.seq_id, "", prompt_tokens=seq.num_prompt_tokens)
+        self._record(Kind.ADDED, seq, "", prompt_tokens=seq.num_prompt_tokens)
+        insort(self.waiting, (self._key(seq), seq))
 
     def schedule(self) -> StepPlan:
-        """Plan the next step: running sequences that want one token (decodes), then all that
-        want more, running or waiting, in the order of the policy's keys."""
+        """Plan the next step: first running sequences that want one token (decodes), then all
+        that want more, running or waiting, in the order of the policy's keys."""
         self.events.step += 1
-        draft = Draft()
-        decodes = [s for s in self.running.values() if s.num_tokens - s.num_computed_tokens == 1]
-        prefills = []
-        if len(decodes) < len(self.running):
-            prefills = [
-                s for s in self.running.values() if s.num_tokens - s.num_computed_tokens > 1
-            ]
-        for seq in prefills:
-            draft.lacking[seq.seq_id] = self._num_lacking(seq)
-        view = self._view(draft, self.max_num_batched_tokens)
-        (decode_limit, prefill_limit), _ = self.policy.share_budget(view)
-        self._schedule_decodes(draft, decodes, min(decode_limit, self.max_num_batched_tokens))
-        left = self.max_num_batched_tokens - len(draft.rows)
-        self._schedule_prefills(draft, prefills, min(prefill_limit, left))
-        removed: list[int] = []
-        if draft.rows:  # else the plan is not sent
-            removed, self.removed = self.removed, removed
-        return StepPlan(
-            self.events.step,
-            list(draft.rows),
-            list(draft.rows.values()),
-            list(draft.new_sequences.values()),
-            draft.new_block_ids,
-            removed,
-        )
+        plan, running, prefills = StepPlan(self.events.step), self.running.values(), []
+        if self.policy.keys_change:
+            self.waiting = sorted((self._key(seq), seq) for _, seq in self.waiting)
+        self._preempt_for_arrival()
+        decodes = [seq for seq in running if seq.num_tokens - seq.num_computed_tokens == 1]
+        if len(decodes) < len(running):
+            prefills = [seq for seq in running if seq.num_tokens - seq.num_computed_tokens > 1]
+        budget = self.max_num_batched_tokens
+        shares, _ = self.policy.share_budget(self._view(budget, len(prefills)))
+        self._schedule_decodes(plan, decodes, min(shares[0], budget))
+        self._schedule_prefills(plan, prefills, min(shares[1], budget - len(plan.seq_ids)))
+        if plan.seq_ids:  # else the plan is not sent
+            plan.removed.extend(self.removed)
+            self.removed.clear()
+        return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Append what the step sampled and end the sequences that are done.
@@ -109,10 +79,12 @@ class Scheduler:
             the sequences that got a token or ended with an error.
         """
         now_s, advanced, running = self.events.clock(), [], self.running
-        for seq_id, (position, entries) in result.prompt_logprobs.items():
+        for seq_id, entries in result.prompt_logprobs.items():
             if seq_id in running:
-                known = running[seq_id].prompt_logprobs
-                known.extend(entries[len(known) + 1 - position :])  # computed anew: once is enough
+                running[seq_id].prompt_logprobs.update(entries)
+        for seq_id, entry in result.logprobs.items():
+            if seq_id in running:
+                running[seq_id].logprobs.append(entry)
         for seq_id, token_id in zip(plan.seq_ids, result.token_ids, strict=True):
             if token_id < 0 or (seq := running.get(seq_id)) is None:
                 continue  # part of a prompt, or aborted meanwhile
@@ -127,13 +99,9 @@ class Scheduler:
             elif seq.num_tokens >= seq.max_num_tokens:
                 self.finish(seq, "length")
         self.events.counts["generation_tokens"] += len(advanced)
-        for seq in advanced if result.logprobs else ():
-            if seq.seq_id in result.logprobs:
-                seq.logprobs.append(result.logprobs[seq.seq_id])
-        for seq_id, message in result.errors.items():
-            if seq_id in running:
-                advanced.append(running[seq_id])
-                self.finish(running[seq_id], "error", message)
+        for seq_id in result.errors.keys() & running.keys():
+            advanced.append(running[seq_id])
+            self.finish(running[seq_id], "error", result.errors[seq_id])
         return advanced
 
     def fail(self, plan: StepPlan, message: str) -> list[Sequence]:
@@ -150,197 +118,127 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sequence, running or waiting, and release its blocks."""
         if seq.status is Status.RUNNING:
-            del self.running[seq.seq_id]
-            self.removed.append(seq.seq_id)
-            self.blocks.release(seq)
-        elif seq.status is Status.WAITING:
+            self._stop_running(seq)
+        else:
             self.waiting = [entry for entry in self.waiting if entry[1] is not seq]
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         kind = Kind.ABORTED if reason == "abort" else Kind.FINISHED
-        output_tokens = seq.num_tokens - seq.num_prompt_tokens
-        self.events.record(kind, seq.seq_id, reason, output_tokens=output_tokens)
+        self._record(kind, seq, reason, output_tokens=seq.num_tokens - seq.num_prompt_tokens)
 
-    # The two halves of a plan
+    # The parts of a plan
 
-    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], limit: int) -> None:
+    def _preempt_for_arrival(self) -> None:
+        """Let the first in the queue take the place of running sequences, if the policy wants."""
+        while self.waiting and self.running:
+            seq = self.waiting[0][1]
+            victim, why = self.policy.victim(list(self.running.values()), seq)
+            if victim is None or self._may_run(seq, self.max_num_batched_tokens, 0).value:
+                return
+            self._preempt(self.running[victim.seq_id], seq, why)
+
+    def _schedule_decodes(self, plan: StepPlan, decodes: list[Sequence], limit: int) -> None:
         if len(decodes) > min(limit, self.blocks.num_available):  # not all may go: the best first
             decodes.sort(key=self._key)
-        rows, preempted = draft.rows, draft.preempted
-        for seq in decodes[: max(limit, 0)]:
-            if preempted and seq.seq_id in preempted:
-                continue
+        for seq in decodes[:limit]:
             end = seq.num_computed_tokens + 1
-            if end >= seq.num_slots and not self._reserve(draft, seq, end):
-                continue
-            rows[seq.seq_id] = 1
-            seq.num_computed_tokens = end
+            if end < seq.num_slots or self._reach(plan, seq, end):
+                seq.num_computed_tokens = end
+                plan.seq_ids.append(seq.seq_id)
+        plan.num_scheduled_tokens.extend([1] * len(plan.seq_ids))
 
-    def _schedule_prefills(self, draft: Draft, prefills: list[Sequence], limit: int) -> None:
-        prefills.sort(key=self._key, reverse=True)
-        if self.policy.keys_change:
-            self.waiting = sorted((self._key(seq), seq) for _, seq in self.waiting)
-        admitting = bool(self.waiting) and not draft.preempted
-        while prefills or admitting:
-            if prefills and not (admitting and self.waiting[0][0] < self._key(prefills[-1])):
-                seq = prefills.pop()
-                if seq.seq_id not in draft.preempted and limit > 0:
-                    limit -= self._continue(draft, seq, limit)
-                    admitting = admitting and not draft.preempted
+    def _reach(self, plan: StepPlan, seq: Sequence, end: int) -> bool:
+        """Have a decoding sequence come to the end of a block, or to a new one, for which it may
+        take the place of another. False if it had to give way itself."""
+        while seq.status is Status.RUNNING and end > seq.num_slots:
+            if self.blocks.num_available:
+                plan.new_block_ids[seq.seq_id] = self.blocks.allocate(seq, end)
             else:
-                num_tokens = self._admit(draft, self.waiting[0][1], limit)
-                limit -= num_tokens
-                admitting = bool(num_tokens and self.waiting) and not draft.preempted
+                scheduled = set(plan.seq_ids)
+                others = [s for s in self.running.values() if s.seq_id not in scheduled]
+                victim, why = self.policy.victim(others, seq)
+                self._preempt(self.running[victim.seq_id] if victim else seq, seq, why)
+        self.blocks.cache_full_blocks(seq, end)
+        return seq.status is Status.RUNNING
 
-    def _continue(self, draft: Draft, seq: Sequence, limit: int) -> int:
-        """Give a running sequence up to `limit` of the tokens it wants."""
-        wanted = seq.num_tokens - seq.num_computed_tokens
-        num_tokens = min(wanted, limit)
-        if not self._reserve(draft, seq, seq.num_computed_tokens + num_tokens):
-            return 0
-        self._take(draft, seq, num_tokens, wanted)
-        return num_tokens
+    def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], limit: int) -> None:
+        running = sorted((self._key(s), s) for s in prefills if s.status is Status.RUNNING)
+        queue, admitting = self.waiting[: self.max_num_seqs], True
+        for _, seq in merge(running, queue):
+            if seq.status is Status.WAITING:
+                admitting = admitting and self._admit(plan, seq, limit, len(prefills))
+            num_wanted = seq.num_tokens - seq.num_computed_tokens
+            num_tokens = min(num_wanted, limit)
+            if seq.status is Status.WAITING or num_tokens <= 0:
+                continue
+            limit -= num_tokens
+            seq.num_computed_tokens += num_tokens
+            self.blocks.cache_full_blocks(seq, seq.num_computed_tokens)
+            plan.seq_ids.append(seq.seq_id)
+            plan.num_scheduled_tokens.append(num_tokens)
+            if num_tokens < num_wanted:
+                self._record(Kind.CHUNKED, seq, "budget", tokens=num_tokens, wanted=num_wanted)
 
-    def _admit(self, draft: Draft, seq: Sequence, limit: int) -> int:
-        """Let the first waiting sequence run, on top of what the prefix cache has of it.
-
-        Returns:
-            the tokens it computes in this step; 0 if it goes on waiting.
-        """
-        if limit <= 0:
-            return self._wait(seq, "no budget")
-        matched = self.blocks.match(seq)
-        num_stored = len(matched) * self.blocks.block_size
-        num_cached = min(num_stored, seq.num_tokens - 1)  # the last token's logits are wanted
-        wanted = seq.num_tokens - num_cached
-        if wanted > limit and not self.enable_chunked_prefill:
-            return self._wait(seq, "no budget")
-        num_new = self.blocks.num_blocks_for(seq.num_tokens) - len(matched)
-        while True:
-            need = self.blocks.num_to_take(matched, num_new)
-            allowed, reason = self.policy.admit(seq, need, self._view(draft, limit))
-            if allowed and len(self.running) < self.max_num_seqs:
-                break
-            if not self._preempt_for(draft, seq):
-                return self._wait(seq, "max_num_seqs" if allowed else reason)
-        del self.waiting[next(i for i, (_, other) in enumerate(self.waiting) if other is seq)]
+    def _admit(self, plan: StepPlan, seq: Sequence, limit: int, num_prefills: int) -> bool:
+        """Let the first waiting sequence run, with blocks for all its tokens; those that the
+        prefix cache has, it shares. False if it goes on waiting."""
+        allowed, why = self._may_run(seq, limit, num_prefills + len(plan.new_sequences))
+        if not allowed:
+            if seq.waiting_reason != why:  # say it once
+                self._record(Kind.WAITING, seq, why)
+            seq.waiting_reason = why
+            return False
+        del self.waiting[0]
         self.running[seq.seq_id] = seq
         seq.status, seq.waiting_reason = Status.RUNNING, ""
-        self.blocks.share(seq, matched)
-        seq.num_computed_tokens = num_cached
-        draft.lacking[seq.seq_id] = num_new
-        num_tokens = min(wanted, limit)
-        draft.new_sequences[seq.seq_id] = NewSequence(
-            seq.seq_id,
-            list(seq.token_ids),
-            seq.num_prompt_tokens,
-            num_cached,
-            num_stored,
-            seq.params,
-            sorted(seq.stop_token_ids),
-        )
-        if not self._reserve(draft, seq, num_cached + num_tokens):
-            return 0
-        draft.new_block_ids[seq.seq_id] = list(seq.block_table)
-        self._record_admission(seq, num_cached, reason)
-        self._take(draft, seq, num_tokens, wanted)
-        return num_tokens
-
-    # What they are made of
-
-    def _reserve(self, draft: Draft, seq: Sequence, end: int) -> bool:
-        """Make room in the block table for `end` tokens, preempting if need be.
-
-        Returns:
-            False if `seq` itself had to give way.
-        """
-        num_new = self.blocks.num_blocks_for(end) - len(seq.block_table)
-        while num_new > self.blocks.num_available:
-            if not self._preempt_for(draft, seq):
-                self._preempt(draft, seq, seq, "nobody else can give way")
-            if seq.status is not Status.RUNNING:
-                return False
-        if num_new > 0:
-            draft.new_block_ids[seq.seq_id] = self.blocks.allocate(seq, end)
-            if seq.seq_id in draft.lacking:
-                draft.lacking[seq.seq_id] = self._num_lacking(seq)
-        if self.blocks.cache_full_blocks(seq, end):
-            draft.filled.add(seq.seq_id)
+        num_stored = self.blocks.share(seq, self.blocks.match(seq))
+        self.blocks.allocate(seq, seq.num_tokens)
+        # Even if all is cached, the last token is computed: its logits are wanted.
+        seq.num_computed_tokens = min(num_stored, seq.num_tokens - 1)
+        plan.new_sequences.append(seq.whole(num_stored))
+        plan.new_block_ids[seq.seq_id] = list(seq.block_table)
+        self._record(Kind.ADMITTED, seq, why, tokens=seq.num_tokens)
+        if self.blocks.enable_prefix_caching:
+            kind, why = Kind.CACHE_HIT if num_stored else Kind.CACHE_MISS, "longest prefix"
+            self._record(kind, seq, why, tokens=seq.num_computed_tokens)
+        if seq.scheduled_s is None:
+            seq.scheduled_s, seq.num_cached_tokens = self.events.clock(), seq.num_computed_tokens
+            self.events.counts["prompt_tokens"] += seq.num_prompt_tokens
+            self.events.counts["prefix_cache_hits"] += seq.num_cached_tokens
         return True
 
-    def _take(self, draft: Draft, seq: Sequence, num_tokens: int, wanted: int) -> None:
-        draft.rows[seq.seq_id] = num_tokens
-        seq.num_computed_tokens += num_tokens
-        if num_tokens < wanted:
-            self.events.record(Kind.CHUNKED, seq.seq_id, "budget", tokens=num_tokens, wanted=wanted)
+    def _may_run(self, seq: Sequence, limit: int, num_prefills: int) -> Decision[bool]:
+        """Whether a waiting sequence can run with `limit` tokens of budget, and why."""
+        matched = self.blocks.match(seq)
+        num_cached = min(len(matched) * self.blocks.block_size, seq.num_tokens - 1)
+        num_wanted = 1 if self.enable_chunked_prefill else seq.num_tokens - num_cached
+        if num_wanted > limit:
+            return Decision(False, "no budget")
+        if len(self.running) >= self.max_num_seqs:
+            return Decision(False, "max_num_seqs")
+        num_new = self.blocks.num_blocks_for(seq.num_tokens) - len(matched)
+        num_blocks = self.blocks.num_to_take(matched, num_new)
+        return self.policy.admit(seq, num_blocks, self._view(limit, num_prefills))
 
-    def _preempt_for(self, draft: Draft, needy: Sequence) -> bool:
-        """Preempt the policy's choice for the sake of `needy`. False if it chooses nobody."""
-        candidates = [s for s in self.running.values() if s.seq_id not in draft.filled]
-        if not candidates:
-            return False
-        victim, reason = self.policy.victim(candidates, needy)
-        if victim is None:
-            return False
-        self._preempt(draft, self.running[victim.seq_id], needy, reason)
-        return True
-
-    def _preempt(self, draft: Draft, seq: Sequence, needy: Sequence, reason: str) -> None:
+    def _preempt(self, seq: Sequence, needy: Sequence, why: str) -> None:
         """Take the blocks of `seq`; it waits, and computes its tokens anew when it is back."""
-        self.events.record(
-            Kind.PREEMPTED,
-            seq.seq_id,
-            reason,
-            by=needy.seq_id,
-            blocks=len(seq.block_table),
-            computed_tokens=seq.num_computed_tokens,
-        )
-        del self.running[seq.seq_id]
-        self.removed.append(seq.seq_id)
-        for part in (draft.rows, draft.new_sequences, draft.new_block_ids):
-            part.pop(seq.seq_id, None)
-        draft.lacking.pop(seq.seq_id, None)
-        draft.preempted.add(seq.seq_id)
-        self.blocks.release(seq)
-        seq.num_computed_tokens = 0
+        self._record(Kind.PREEMPTED, seq, why, by=needy.seq_id, tokens=seq.num_computed_tokens)
+        self._stop_running(seq)
+        seq.status, seq.num_computed_tokens = Status.WAITING, 0
         seq.num_preemptions += 1
-        self._enqueue(seq)
-
-    def _enqueue(self, seq: Sequence) -> None:
-        seq.status = Status.WAITING
         insort(self.waiting, (self._key(seq), seq))
 
-    def _wait(self, seq: Sequence, reason: str) -> int:
-        if seq.waiting_reason != reason:  # say it once
-            seq.waiting_reason = reason
-            self.events.record(Kind.WAITING, seq.seq_id, reason)
-        return 0
-
-    def _record_admission(self, seq: Sequence, num_cached: int, reason: str) -> None:
-        self.events.record(Kind.ADMITTED, seq.seq_id, reason, tokens=seq.num_tokens)
-        if seq.scheduled_s is None:
-            seq.scheduled_s = self.events.clock()
-            seq.num_cached_tokens = num_cached
-            self.events.counts["prompt_tokens"] += seq.num_prompt_tokens
-            if self.blocks.enable_prefix_caching:
-                self.events.counts["prefix_cache_queries"] += seq.num_prompt_tokens
-                self.events.counts["prefix_cache_hits"] += num_cached
-        if num_cached:
-            self.events.record(Kind.CACHE_HIT, seq.seq_id, "prefix", tokens=num_cached)
-        elif self.blocks.enable_prefix_caching:
-            self.events.record(Kind.CACHE_MISS, seq.seq_id, "first block not cached")
+    def _stop_running(self, seq: Sequence) -> None:
+        del self.running[seq.seq_id]
+        self.removed.append(seq.seq_id)
+        self.blocks.release(seq)
 
     def _key(self, seq: Sequence) -> Key:
-        return (self.policy.key(seq, self.events.clock()), seq.seq_id)
+        return self.policy.key(seq, self.events.clock()), seq.seq_id
 
-    def _num_lacking(self, seq: Sequence) -> int:
-        return self.blocks.num_blocks_for(seq.num_tokens) - len(seq.block_table)
+    def _record(self, kind: Kind, seq: Sequence, reason: str, **numbers: int) -> None:
+        self.events.record(kind, seq.seq_id, reason, **numbers)
 
-    def _view(self, draft: Draft, budget: int) -> StepView:
-        return StepView(
-            self.events.clock(),
-            budget,
-            len(self.running) - len(draft.lacking),
-            len(draft.lacking),
-            len(self.waiting),
-            self.blocks.num_available - sum(draft.lacking.values()),
-        )
+    def _view(self, budget: int, num_prefills: int) -> StepView:
+        decodes, waiting = len(self.running) - num_prefills, len(self.waiting)
+        available, now_s = self.blocks.num_available, self.events.clock()
+        return StepView(now_s, budget, decodes, num_prefills, waiting, available)

@@ -1,8 +1,9 @@
 """Sequence: one stream of tokens, from its prompt to its end."""
 
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from nanovllm.core.plan import TokenLogprobs
+from nanovllm.core.plan import NewSequence, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -12,6 +13,7 @@ class Status(Enum):
     FINISHED = auto()  # holds no blocks; finish_reason is set
 
 
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens. A request with n samples is n sequences with the same request_id.
 
@@ -24,62 +26,55 @@ class Sequence:
 
     Attributes:
         seq_id: unique in the engine, in order of arrival.
+        max_num_tokens: the length that ends it. stop_token_ids: tokens that end it.
         num_slots: positions that the block table has room for.
         block_hashes: chain hash of each full block known so far.
         num_hashed_blocks: how many blocks of the table have been offered to the prefix cache.
         num_cached_tokens: prompt tokens that the prefix cache saved when first admitted.
-        stop_token_ids: tokens that end it. max_num_tokens: length that ends it.
+        prompt_logprobs: by position. logprobs: one per output token.
         finish_reason: "stop", "length", "abort" or "error". stop_reason: the token id or string
-            that stopped it (None: the model's own end), or the error's message.
+            that stopped it, or the error's message.
         arrival_s, scheduled_s, first_token_s, last_token_s: on the engine's clock.
     """
 
-    __slots__ = (
-        "arrival_s", "block_hashes", "block_table", "cache_salt", "finish_reason",
-        "first_token_s", "index", "last_token_s", "logprobs", "max_num_tokens",
-        "num_cached_tokens", "num_computed_tokens", "num_hashed_blocks", "num_preemptions",
-        "num_prompt_tokens", "num_slots", "num_tokens", "params", "priority", "prompt_logprobs",
-        "request_id", "scheduled_s", "seq_id", "status", "stop_reason", "stop_token_ids",
-        "token_ids", "waiting_reason",
-    )  # fmt: skip
+    seq_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    request_id: str = ""
+    index: int = 0
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_s: float = 0.0
+    stop_token_ids: frozenset[int] = frozenset()
+    max_num_tokens: int = 2**62
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_slots: int = 0
+    num_hashed_blocks: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    status: Status = Status.WAITING
+    waiting_reason: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
 
-    def __init__(
-        self,
-        seq_id: int,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        *,
-        request_id: str = "",
-        index: int = 0,
-        priority: int = 0,
-        cache_salt: str = "",
-        arrival_s: float = 0.0,
-        stop_token_ids: frozenset[int] = frozenset(),
-        max_num_tokens: int = 2**62,
-    ) -> None:
-        self.seq_id, self.request_id, self.index = seq_id, request_id, index
-        self.params, self.priority, self.cache_salt = params, priority, cache_salt
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = self.num_tokens = len(prompt_token_ids)
-        self.stop_token_ids, self.max_num_tokens = stop_token_ids, max_num_tokens
-        self.num_computed_tokens = self.num_cached_tokens = self.num_preemptions = 0
-        self.num_slots = self.num_hashed_blocks = 0
-        self.block_table: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.status = Status.WAITING
-        self.waiting_reason = ""
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-        self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[TokenLogprobs] = []
-        self.arrival_s = arrival_s
-        self.scheduled_s: float | None = None
-        self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)
+        self.num_tokens = self.num_prompt_tokens = len(self.token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
-    def __repr__(self) -> str:
-        return f"Sequence({self.seq_id}, {self.num_computed_tokens}/{self.num_tokens} computed)"
+    def whole(self, num_stored: int) -> NewSequence:
+        """All that a rank needs to know of it; see NewSequence."""
+        known = self.seq_id, list(self.token_ids), self.num_prompt_tokens, self.num_computed_tokens
+        return NewSequence(*known, num_stored, self.params, sorted(self.stop_token_ids))

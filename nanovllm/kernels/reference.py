@@ -19,7 +19,7 @@ class ReferenceAttention:
         self.stored, self.blocks, self.offsets = (t.to(device) for t in (stored, blocks, offsets))
         self.tables, self.lengths = batch.block_tables.to(device), batch.context_lens.tolist()
         self.starts = batch.query_starts.tolist()
-        self.sequences = range(len(self.lengths))  # those attended to here
+        self.sequences = list(range(len(self.lengths)))  # those attended to here
 
     def __call__(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: KVCache, window: int | None
@@ -36,9 +36,7 @@ class ReferenceAttention:
 plan = ReferenceAttention
 
 
-def attend(
-    q_TND: Tensor, cache: KVCache, table: Tensor, length: int, window: int | None
-) -> Tensor:
+def attend(q_TND: Tensor, cache: KVCache, table: Tensor, length: int, window: int | None) -> Tensor:
     """The last T tokens of one sequence attend to its `length` positions. Returns [T, N, D]."""
     num_queries, num_blocks = len(q_TND), -(-length // cache.k.shape[2])
     k_KLD, v_KLD = (

@@ -145,3 +145,16 @@ def yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     if mscale and mscale_all:
         return temperature(mscale) / temperature(mscale_all)
     return temperature(1)
+
+
+def stretched_length(scaling: Mapping[str, Any], length: int) -> int:
+    """Positions that sequences may reach, of a model whose max_position_embeddings is `length`.
+
+    That is the length before linear and dynamic scaling, but the length after llama3's; for yarn
+    it is found either way, so the original length is taken.
+    """
+    kind, factor = scaling["rope_type"], scaling.get("factor")
+    if kind == "yarn":
+        original = scaling.get("original_max_position_embeddings") or length
+        return int(original * (factor or length / original))
+    return int(length * (factor or 1)) if kind in ("linear", "dynamic") else length

@@ -80,12 +80,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelLoadError(f"{file}: missing, though {index.name} names it")
     if not files:
         pickles = sorted(file for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))
+        why = "holds no weights (*.safetensors, or *.gguf with load_format='auto')"
         if pickles:
-            raise ModelLoadError(
-                f"{pickles[0]}: pickle weights can run code, so they are not loaded; "
-                "convert the checkpoint to safetensors"
-            )
-        raise ModelLoadError(
-            f"{folder}: holds no weights (*.safetensors, or *.gguf with load_format='auto')"
-        )
+            why = f"{pickles[0].name} can run code and is not loaded; convert it to safetensors"
+        raise ModelLoadError(f"{folder}: {why}")
     return files

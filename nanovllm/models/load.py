@@ -41,6 +41,8 @@ def load_model(
     finally:
         torch.set_default_dtype(default)
     if dummy:
+        from nanovllm.models.dummy import fill_randomly
+
         fill_randomly(model, seed)
     else:
         fill(model, tensors, path)
@@ -52,29 +54,17 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], path: Path) ->
     places = destinations(model)
     for name, tensor in tensors:
         place = places.pop(name, None)
+        if place is None and name.endswith(UNUSED):
+            continue
         if place is None:
-            if name.endswith(UNUSED):
-                continue
             raise ModelLoadError(f"{path}: tensor {name} has no place in this model (or is twice)")
         if place.shape != tensor.shape:
-            raise ModelLoadError(
-                f"{path}: tensor {name} is {list(tensor.shape)}, config.json says "
-                f"{list(place.shape)}"
-            )
+            shapes = f"is {list(tensor.shape)}, config.json says {list(place.shape)}"
+            raise ModelLoadError(f"{path}: tensor {name} {shapes}")
         place.copy_(tensor)
     if places:
         names = sorted(places)
         raise ModelLoadError(f"{path}: {len(names)} tensors are missing, the first is {names[0]}")
-
-
-def fill_randomly(model: nn.Module, seed: int) -> None:
-    """Small random weights, for benchmarks and tests without a checkpoint."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1)
-        else:
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-            parameter.data.normal_(0, 0.02, generator=generator)
 
 
 def destinations(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanovllm.errors import ModelLoadError
 from nanovllm.layers.linear import Linear
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
@@ -26,11 +27,11 @@ class Qwen3MoeMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_chosen = config.need("num_experts_per_tok")
+        self.num_chosen = need(config, "num_experts_per_tok")
         self.weights_sum_to_1 = config.extra.get("norm_topk_prob", False)
         self.gate = Linear(config.hidden_size, num_experts(config))
         self.experts = Experts(
-            num_experts(config), config.hidden_size, config.need("moe_intermediate_size")
+            num_experts(config), config.hidden_size, need(config, "moe_intermediate_size")
         )
 
     def forward(self, x_TH: Tensor) -> Tensor:
@@ -86,5 +87,16 @@ class Qwen3MoeForCausalLM(LlamaForCausalLM):
 
 def num_experts(config: ModelConfig) -> int:
     """Checkpoints of Qwen say num_experts, transformers 5 saves num_local_experts."""
-    found: int = config.need("num_experts", "num_local_experts")
-    return found
+    return need(config, "num_experts", "num_local_experts")
+
+
+def need(config: ModelConfig, *names: str) -> int:
+    """The first of these fields that config.json has.
+
+    Raises:
+        ModelLoadError: it has none of them.
+    """
+    for name in names:
+        if config.extra.get(name) is not None:
+            return int(config.extra[name])
+    raise ModelLoadError(f"config.json: {names[0]} is missing, but {config.architecture} needs it")

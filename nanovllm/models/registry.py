@@ -25,10 +25,8 @@ def model_class(architecture: str) -> "type[LlamaForCausalLM]":
         ModelLoadError: the architecture is not supported.
     """
     if architecture not in ARCHITECTURES:
-        raise ModelLoadError(
-            f"architecture {architecture!r} is not supported; these are: "
-            f"{', '.join(ARCHITECTURES)} (docs/add-a-model.md shows how to add one)"
-        )
+        known = f"these are: {', '.join(ARCHITECTURES)} (docs/add-a-model.md shows how to add one)"
+        raise ModelLoadError(f"architecture {architecture!r} is not supported; {known}")
     module, name = ARCHITECTURES[architecture]
     found: type[LlamaForCausalLM] = getattr(import_module(f"nanovllm.models.{module}"), name)
     return found

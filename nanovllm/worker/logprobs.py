@@ -7,7 +7,7 @@ from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import SequenceTable, StepInputs
 
-PromptLogprobs = dict[int, tuple[int, list[TokenLogprobs]]]
+PromptLogprobs = dict[int, dict[int, TokenLogprobs]]
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
@@ -37,7 +37,7 @@ def prompt_logprobs(
     model: LlamaForCausalLM, table: SequenceTable, inputs: StepInputs, hidden_TH: Tensor
 ) -> PromptLogprobs:
     """Of each prompt token that follows one computed in this step, for sequences that ask:
-    seq_id -> (its position, one entry for each from there on)."""
+    seq_id -> its position -> log probability."""
     found: PromptLogprobs = {}
     offsets = inputs.attention.query_starts.tolist()
     for i, (row, start) in enumerate(
@@ -47,12 +47,10 @@ def prompt_logprobs(
         count = min(offsets[i + 1] - offsets[i], seq.num_prompt_tokens - 1 - start)
         if seq.params.prompt_logprobs is not None and count > 0:
             logits_LV = model.logits(hidden_TH[offsets[i] : offsets[i] + count])
-            actual = table.token_ids[row, start + 1 : start + 1 + count].tolist()
-            found[seq.seq_id] = (
-                start + 1,
-                [
-                    token_logprobs(logits_V, token_id, seq.params.prompt_logprobs)
-                    for logits_V, token_id in zip(logits_LV, actual, strict=True)
-                ],
-            )
+            found[seq.seq_id] = {
+                position: token_logprobs(
+                    logits_V, int(table.token_ids[row, position]), seq.params.prompt_logprobs
+                )
+                for position, logits_V in enumerate(logits_LV, start + 1)
+            }
     return found

@@ -44,8 +44,8 @@ def sample(logits_RV: Tensor, rows: list[tuple[NewSequence, Array]]) -> Samples:
         temperatures = [params[i].temperature for i in drawn]
         for i, token_id in zip(drawn, draw(logits_RV[drawn], temperatures, numbers), strict=True):
             samples.token_ids[i] = token_id
-    for i in largest_R.isnan().nonzero().flatten().tolist():
-        samples.errors.setdefault(i, "the model's logits are not numbers")
+    for i in (~largest_R.isfinite()).nonzero().flatten().tolist():
+        samples.errors.setdefault(i, "no token is possible: all are ruled out, or not numbers")
     for i in samples.errors:
         samples.token_ids[i] = -1
     if any(p.logprobs is not None for p in params):

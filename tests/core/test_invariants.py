@@ -368,16 +368,14 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_gives_way_to_one_who_comes_after(self) -> None:
-        policy = self.rig.scheduler.policy
         for event in self.rig.events:
             if event.kind == "preempted":
-                victim, needy = (
-                    self.requests[seq_id].seq for seq_id in (event.seq_id, event.data["by"])
-                )
-                assert (policy.key(victim, 0.0), victim.seq_id) >= (
-                    policy.key(needy, 0.0),
-                    needy.seq_id,
-                )
+                victim = self.requests[event.seq_id].seq
+                needy = self.requests[event.data["by"]].seq
+                assert self.place(needy) <= self.place(victim)
+
+    def place(self, seq: Sequence) -> tuple[tuple[float, ...], int]:
+        return self.rig.scheduler.policy.key(seq, self.rig.now_s), seq.seq_id
 
     @invariant()
     def ends_are_right(self) -> None:

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from nanovllm.core.plan import NewSequence, StepPlan, StepResult, TokenLogprobs
-from nanovllm.core.policy import Decision, Policy, Priority, SequenceView, StepView
+from nanovllm.core.policy import Decision, Policy, Priority, StepView
 from nanovllm.core.sequence import Status
+from nanovllm.core.views import SequenceView
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fakes import Rig
 
@@ -603,11 +604,29 @@ def test_the_size_of_a_message_does_not_depend_on_how_long_the_prompts_are():
 
 
 def test_a_plan_survives_msgpack():
-    params = SamplingParams(n=1, seed=3, stop=["a", "b"], stop_token_ids=[5], logit_bias={3: -1.5})
+    params = SamplingParams(
+        seed=3,
+        stop=["a", "b"],
+        stop_token_ids=[5],
+        bad_words=["c"],
+        bad_words_token_ids=[[7, 8]],
+        allowed_token_ids=[5, 6],
+        logit_bias={3: -1.5},
+    )
     new = NewSequence(4, [1, 2, 3], 2, 1, 2, params, [5, 6])
     plan = StepPlan(9, [4, 2], [2, 1], [new], {4: [0, 7], 2: [8]}, [1, 3])
     encoded = msgspec.msgpack.encode(plan)
     assert msgspec.msgpack.decode(encoded, type=StepPlan) == plan
+
+
+def test_default_parameters_survive_msgpack_up_to_the_kind_of_an_empty_list():
+    encoded = msgspec.msgpack.encode(SamplingParams())
+    decoded = msgspec.msgpack.decode(encoded, type=SamplingParams)
+    assert msgspec.msgpack.encode(decoded) == encoded
+    assert [decoded.stop, decoded.bad_words, decoded.bad_words_token_ids] in (
+        [[], [], []],
+        [(), (), ()],
+    )
 
 
 def test_a_result_survives_msgpack():

@@ -107,7 +107,7 @@ def test_a_folder_without_weights(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickle_weights_are_not_opened(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ModelLoadError, match=f"{name}: pickle weights can run code"):
+    with pytest.raises(ModelLoadError, match=f"{name} can run code"):
         load(folder)
 
 
@@ -120,15 +120,13 @@ def test_a_missing_config(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[1, 2]", "null"])
 def test_a_config_that_is_not_a_json_object(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(
-        ModelLoadError, match=r"config\.json: (not valid JSON|must hold a JSON obj)"
-    ):
+    with pytest.raises(ModelLoadError, match=r"config\.json: not a JSON obj"):
         load(folder)
 
 
 def test_a_config_that_is_not_text(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ModelLoadError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(ModelLoadError, match=r"config\.json: not a JSON object"):
         load(folder)
 
 

@@ -129,7 +129,7 @@ def test_tensors_are_those_of_the_hugging_face_checkpoint(pair: tuple[Path, Path
 
 def test_config_is_that_of_the_hugging_face_checkpoint(pair: tuple[Path, Path]) -> None:
     expected, found = ModelConfig.from_folder(pair[0]), gguf_config(pair[1])
-    for name in ModelConfig.__dataclass_fields__:
+    for name in ModelConfig.__struct_fields__:
         if name not in ("extra", "rope_scaling", "sliding_window"):
             assert getattr(found, name) == getattr(expected, name), name
     if expected.architecture == "Qwen3MoeForCausalLM":

@@ -246,7 +246,7 @@ def naively_kept(
 
 TRUNCATION = st.fixed_dictionaries(
     {
-        "temperature": st.sampled_from([0.25, 1.0, 1.7]),
+        "temperature": st.sampled_from([0.5, 1.0, 1.7]),
         "top_k": st.one_of(st.just(0), st.integers(1, 12)),
         "top_p": st.one_of(st.just(1.0), st.floats(1e-6, 1.0)),
         "min_p": st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
