@@ -1,6 +1,6 @@
 """What the control plane costs: median time of schedule + update, with no model behind it.
 
-    python benchmarks/scheduler.py
+python benchmarks/scheduler.py
 """
 
 import statistics

@@ -76,7 +76,7 @@ def speed(steps: list[tuple[int, bool, int, float]], *, prefill: bool) -> str:
     """Tokens a second of the steps with prompt tokens in them, or of the others."""
     chosen = [(step[0], step[3]) for step in steps if step[1] == prefill]
     tokens, seconds = (sum(column) for column in zip(*chosen, strict=True))
-    return f"{tokens / seconds:,.0f} tok/s   ({tokens} tokens in {len(chosen)} steps)"
+    return f"{tokens / seconds:,.0f} tok/s   ({tokens:,} tokens, steps: {len(chosen)})"
 
 
 def main() -> None:

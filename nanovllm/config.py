@@ -37,6 +37,8 @@ class EngineConfig:
         attention_backend: "auto", "cpu" (Numba, reads blocks in place) or "reference" (plain
             torch, any device).
         enforce_eager: no CUDA graphs.
+        tensor_parallel_size: devices that share the model; more than 1 is yet to come.
+        quantization: of the weights at load; None is the only kind yet.
 
     Raises:
         ConfigError: a value is impossible; see `make` for unknown names.

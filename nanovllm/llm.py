@@ -1,6 +1,6 @@
 """LLM: the parts put together, for use from Python."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from typing import Any, Self, TypeVar, cast
 
@@ -128,7 +128,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Complete one prompt, and show how far it is after each step. Ending the iteration
         early aborts the request."""
         for request in self._run(self._submit([prompt], params, None), use_tqdm=False):

@@ -272,7 +272,7 @@ def test_a_damaged_tokenizer_names_the_file(tmp_path: Path, content: bytes) -> N
     ("name", "content"),
     [
         ("tokenizer_config.json", b"{"),
-        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"[1]"),
         ("tokenizer_config.json", b"\xff"),
         ("chat_template.jinja", b"\xff"),
     ],

@@ -129,14 +129,14 @@ def typed_lines() -> Iterator[str]:
     """Lines of stdin, until it ends or Ctrl-C is pressed twice."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has history and editing
-    interrupted = False
+    terminal, interrupted = sys.stdin.isatty(), False
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if interrupted:
+            line = input("> " if terminal else "")
+        except (EOFError, KeyboardInterrupt) as end:
+            if interrupted or isinstance(end, EOFError):
+                if terminal:
+                    say("")  # the shell goes on in a line of its own
                 return
             interrupted = True
             say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")

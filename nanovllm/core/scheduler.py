@@ -139,7 +139,7 @@ class Scheduler:
     def _schedule_decodes(self, plan: StepPlan, decodes: list[Sequence], limit: int) -> None:
         if len(decodes) > min(limit, self.blocks.num_available):  # not all may go: the best first
             decodes.sort(key=self._key)
-        for seq in decodes[:limit]:
+        for seq in decodes[: max(limit, 0)]:
             end = seq.num_computed_tokens + 1
             if end < seq.num_slots or self._reach(plan, seq, end):
                 seq.num_computed_tokens = end
@@ -157,8 +157,10 @@ class Scheduler:
                 others = [s for s in self.running.values() if s.seq_id not in scheduled]
                 victim, why = self.policy.victim(others, seq)
                 self._preempt(self.running[victim.seq_id] if victim else seq, seq, why)
+        if seq.status is Status.WAITING:
+            return False
         self.blocks.cache_full_blocks(seq, end)
-        return seq.status is Status.RUNNING
+        return True
 
     def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], limit: int) -> None:
         running = sorted((self._key(s), s) for s in prefills if s.status is Status.RUNNING)
@@ -197,9 +199,10 @@ class Scheduler:
         plan.new_sequences.append(seq.whole(num_stored))
         plan.new_block_ids[seq.seq_id] = list(seq.block_table)
         self._record(Kind.ADMITTED, seq, why, tokens=seq.num_tokens)
-        if self.blocks.enable_prefix_caching:
-            kind, why = Kind.CACHE_HIT if num_stored else Kind.CACHE_MISS, "longest prefix"
-            self._record(kind, seq, why, tokens=seq.num_computed_tokens)
+        if num_stored:
+            self._record(Kind.CACHE_HIT, seq, "prefix", tokens=seq.num_computed_tokens)
+        elif self.blocks.enable_prefix_caching:
+            self._record(Kind.CACHE_MISS, seq, "first block not cached")
         if seq.scheduled_s is None:
             seq.scheduled_s, seq.num_cached_tokens = self.events.clock(), seq.num_computed_tokens
             self.events.counts["prompt_tokens"] += seq.num_prompt_tokens
@@ -217,11 +220,20 @@ class Scheduler:
             return Decision(False, "max_num_seqs")
         num_new = self.blocks.num_blocks_for(seq.num_tokens) - len(matched)
         num_blocks = self.blocks.num_to_take(matched, num_new)
+        if num_blocks > self.blocks.num_available:
+            return Decision(False, "no blocks")
         return self.policy.admit(seq, num_blocks, self._view(limit, num_prefills))
 
     def _preempt(self, seq: Sequence, needy: Sequence, why: str) -> None:
         """Take the blocks of `seq`; it waits, and computes its tokens anew when it is back."""
-        self._record(Kind.PREEMPTED, seq, why, by=needy.seq_id, tokens=seq.num_computed_tokens)
+        self._record(
+            Kind.PREEMPTED,
+            seq,
+            why,
+            by=needy.seq_id,
+            blocks=len(seq.block_table),
+            computed_tokens=seq.num_computed_tokens,
+        )
         self._stop_running(seq)
         seq.status, seq.num_computed_tokens = Status.WAITING, 0
         seq.num_preemptions += 1

@@ -39,6 +39,7 @@ class InlineExecutor:
         caches = allocate(model_config, self.num_blocks, config.block_size, like)
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         self.runner: ModelRunner | None = ModelRunner(model, backend, caches, table)
+        self.runner.warm_up()
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.runner is None:

@@ -1,5 +1,6 @@
 """A checkpoint on disk: where MODEL is, and its tensors one by one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,11 @@ def locate(model: str) -> Path:
     Raises:
         ModelLoadError: it is none of these, or cannot be had.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # False, where Path.is_dir raises, for what is no path at all
         ggufs = list(path.glob("*.gguf"))  # one alone is a whole checkpoint
         return ggufs[0] if len(ggufs) == 1 and not (path / "config.json").exists() else path
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return path
     from nanovllm.models.fetch import fetch  # talks to the network, so only when it must
 

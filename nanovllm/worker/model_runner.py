@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.core.plan import StepPlan, StepResult
-from nanovllm.kernels import AttentionBackend, KVCache
+from nanovllm.kernels import AttentionBackend, AttentionBatch, KVCache
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.worker.inputs import SequenceTable, StepInputs
 from nanovllm.worker.sampler import sample
@@ -39,6 +39,14 @@ class ModelRunner:
         if len(inputs.sampled):
             self.sample(plan, inputs, hidden_TH, result)
         return result
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what is compiled when first used, so that no request waits for it: one token
+        that is stored nowhere goes through the model."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        tables = AttentionBatch(torch.tensor([0, 1]), zero + 1, zero[None], zero - 1)
+        self.forward(StepInputs(zero, zero, tables, *[zero.numpy()] * 3))
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Hidden states [T, H] of all tokens of the step."""

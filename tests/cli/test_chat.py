@@ -149,7 +149,7 @@ def test_ctrl_c_while_typing_gives_a_hint_and_the_second_in_a_row_ends(capsys, m
 
     monkeypatch.setattr(builtins, "input", type_next)
     assert list(typed_lines()) == ["one"]
-    assert capsys.readouterr().err.count("(Ctrl-C again, Ctrl-D or /quit ends the chat)") == 2
+    assert capsys.readouterr().err == "\n(Ctrl-C again, Ctrl-D or /quit ends the chat)\n" * 2
 
 
 def test_two_models_are_one_too_many(capsys):

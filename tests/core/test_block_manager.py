@@ -92,13 +92,10 @@ def test_two_managers_hash_with_different_keys():
 def test_only_full_blocks_are_hashed_and_each_once():
     blocks, seq = manager(), make_seq([1] * 11)
     blocks.allocate(seq, 11)
-    assert not blocks.cache_full_blocks(seq, 3)
-    assert blocks.cache_full_blocks(seq, 7)
-    assert [block.block_id for block in blocks.cached.values()] == [0]
-    assert not blocks.cache_full_blocks(seq, 7)
-    assert blocks.cache_full_blocks(seq, 11)
-    assert [block.block_id for block in blocks.cached.values()] == [0, 1]
-    assert seq.num_hashed_blocks == 2
+    for num_tokens, hashed in ((3, []), (7, [0]), (7, [0]), (11, [0, 1])):
+        blocks.cache_full_blocks(seq, num_tokens)
+        assert [block.block_id for block in blocks.cached.values()] == hashed
+        assert seq.num_hashed_blocks == len(hashed)
 
 
 # Sharing

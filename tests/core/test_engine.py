@@ -108,7 +108,7 @@ def test_a_prompt_is_refused_if_it_leaves_no_room_for_output():
     assert rig.engine.max_num_tokens == 16
     with pytest.raises(InvalidRequestError, match=r"prompt='16 tokens': must be shorter than 16"):
         rig.engine.add([5] * 16, SamplingParams())
-    with pytest.raises(InvalidRequestError, match="prompt='': must hold at least one token"):
+    with pytest.raises(InvalidRequestError, match="prompt='0 tokens': must hold at least one"):
         rig.engine.add([], SamplingParams())
     assert not rig.engine.has_unfinished
     assert [(event.kind, event.seq_id) for event in rig.events] == [("rejected", -1)] * 2

@@ -25,12 +25,12 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     rig = Rig(max_num_batched_tokens=8)
     seq = rig.add(distinct(0, 20))
     assert rig.step() == {0: 8}
-    assert rig.plan.new_block_ids == {0: [0, 1]}
+    assert rig.plan.new_block_ids == {0: [0, 1, 2, 3, 4]}
     assert rig.step() == {0: 8}
-    assert rig.plan.new_block_ids == {0: [2, 3]}
+    assert rig.plan.new_block_ids == {}
     assert seq.output_token_ids == []
     assert rig.step() == {0: 4}
-    assert rig.plan.new_block_ids == {0: [4]}
+    assert rig.plan.new_block_ids == {}
     assert seq.output_token_ids == [7]
     assert rig.step() == {0: 1}
     assert rig.plan.new_block_ids == {0: [5]}
@@ -179,14 +179,14 @@ def test_at_most_max_num_seqs_run():
     assert rig.said("waiting") == [("waiting", 2, "max_num_seqs")]
 
 
-def test_blocks_that_running_prompts_have_yet_to_take_are_not_given_away():
+def test_a_prompt_takes_the_blocks_of_all_its_tokens_when_it_is_admitted():
     rig = Rig(6, max_num_batched_tokens=8)
     rig.add(distinct(0, 9), max_tokens=1)
     rig.add(distinct(1, 16), max_tokens=1)
     assert rig.step() == {0: 8}
     assert rig.step() == {0: 1}  # 3 blocks held, 3 left, and 4 wanted
     assert rig.step() == {1: 8}
-    rig.add(distinct(2, 12), max_tokens=1)  # 4 blocks are available, 2 of them spoken for
+    rig.add(distinct(2, 12), max_tokens=1)  # 2 blocks are available
     assert rig.step() == {1: 8}
     assert rig.step() == {2: 8}
     assert rig.said("waiting") == [
@@ -268,28 +268,61 @@ def test_a_preempted_sequence_comes_back_when_there_is_a_spare_block_for_each_ru
     assert rig.said("waiting") == [("waiting", 1, "no blocks")]
 
 
-def test_a_sequence_that_fills_a_block_in_this_step_is_not_preempted():
-    rig = Rig(4, max_num_batched_tokens=16)
-    rig.add(distinct(0, 8), max_tokens=9)
-    rig.add(distinct(1, 7), max_tokens=9)
-    assert rig.step() == {0: 8, 1: 7}
-    # The next token of 0 needs a block; that of 1 fills one, but 0 is planned first.
-    assert rig.step() == {0: 1}
+def test_a_sequence_planned_before_the_blocks_ran_out_is_spared():
+    rig = Rig(5, policy=(policy := OldestGoes()))
+    for i in range(2):
+        rig.add(distinct(i, 7), max_tokens=9)
+    assert [rig.step() for _ in range(3)] == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 1}]
+    assert policy.seen == [[1]]  # 0 has the fifth block and is in the plan
+    assert rig.said("preempted") == [("preempted", 1, "came first")]
+
+
+def test_a_prompt_half_computed_gives_way_to_a_decode_that_came_before():
+    rig = Rig(6, max_num_batched_tokens=4)
+    rig.add(distinct(0, 4), max_tokens=20)
+    rig.step()
+    rig.add(distinct(1, 16), max_tokens=20)
+    assert [rig.step() for _ in range(4)] == [{0: 1, 1: 3}] * 4
+    assert rig.step() == {0: 1}  # of 6 blocks 0 has 2 and wants a third; 1 has 4 and wants 4 tokens
     assert rig.said("preempted") == [("preempted", 1, "came last")]
 
 
-def test_the_oldest_gives_way_itself_if_all_others_fill_blocks_in_this_step():
-    rig = Rig(7, max_num_batched_tokens=4, policy=AdmitAll())
-    young = rig.add(distinct(1, 6), max_tokens=None, arrival_s=5.0)
+def test_a_prompt_half_computed_goes_on_while_a_decode_that_came_later_gives_way():
+    rig = Rig(6, max_num_batched_tokens=4)
+    rig.add(distinct(0, 4), max_tokens=20, arrival_s=5.0)
+    rig.step()
+    rig.add(distinct(1, 16), max_tokens=20, arrival_s=1.0)
+    assert [rig.step() for _ in range(4)] == [{0: 1, 1: 3}] * 4
+    assert rig.step() == {1: 4}
+    assert [(e.seq_id, e.data["by"]) for e in rig.events if e.kind == "preempted"] == [(0, 0)]
+
+
+def test_who_gives_way_itself_waits_with_nothing_though_its_hashes_are_gone():
+    rig = Rig(5)
+    first, second = (rig.add(distinct(i, 7), max_tokens=9) for i in range(2))
     rig.step()
     rig.step()
-    old = rig.add(distinct(0, 17), max_tokens=None, arrival_s=1.0)
-    for _ in range(5):
-        assert rig.step() == {0: 1, 1: 3}
-    assert (len(young.block_table), len(old.block_table)) == (3, 4)
-    assert rig.step() == {0: 1}  # position 11 of young fills its block; old lacks a fifth
-    assert [(e.seq_id, e.data["by"]) for e in rig.events if e.kind == "preempted"] == [(1, 1)]
-    assert old.status is Status.WAITING
+    rig.blocks.reset_prefix_cache()
+    assert rig.step() == {0: 1}
+    assert (second.status, second.block_table) == (Status.WAITING, [])
+    assert (second.num_computed_tokens, second.num_hashed_blocks) == (0, 0)
+    rig.run()
+    assert [len(seq.output_token_ids) for seq in (first, second)] == [9, 9]
+
+
+class OldestGoes(Policy):
+    """Whoever came first gives way."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def victim(
+        self, running: list[SequenceView], needy: SequenceView
+    ) -> Decision[SequenceView | None]:
+        if needy not in running:
+            return Decision(None, "arrivals preempt nobody")
+        self.seen.append([seq.seq_id for seq in running])
+        return Decision(running[0], "came first")
 
 
 class AdmitAll(Policy):
@@ -297,18 +330,12 @@ class AdmitAll(Policy):
         return Decision(True, "always")
 
 
-def test_nobody_is_admitted_in_a_step_that_preempts_not_even_by_a_rash_policy():
-    rig = Rig(7, max_num_batched_tokens=4, max_num_seqs=2, policy=AdmitAll())
-    young = rig.add(distinct(1, 4), max_tokens=None, arrival_s=5.0)
-    rig.step()
-    old = rig.add(distinct(0, 17), max_tokens=None, arrival_s=1.0)
-    rig.add(distinct(2, 1), arrival_s=6.0)
-    for _ in range(5):
-        assert rig.step() == {0: 1, 1: 3}
-    assert (len(young.block_table), len(old.block_table)) == (3, 4)
-    assert rig.step() == {1: 2}
-    assert rig.said("preempted") == [("preempted", 0, "came last")]
-    assert [seq.seq_id for _, seq in rig.scheduler.waiting] == [0, 2]
+def test_a_rash_policy_cannot_admit_what_does_not_fit():
+    rig = Rig(4, policy=AdmitAll())
+    rig.add(distinct(0, 8), max_tokens=2)
+    rig.add(distinct(1, 9), max_tokens=1)
+    assert [rig.step() for _ in range(3)] == [{0: 8}, {0: 1}, {1: 9}]
+    assert rig.said("waiting") == [("waiting", 1, "no blocks")]
 
 
 # Policies
@@ -402,6 +429,19 @@ def test_share_budget_cannot_give_out_more_than_the_budget(shares: tuple[int, in
     assert [rig.step(), rig.step()] == [{0: 1, 1: 1, 2: 1}, {0: 1, 1: 1, 3: 1}]
     policy.shares = shares
     rig.add(distinct(4, 2))
+    assert rig.step() == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_negative_share_is_none():
+    policy = Shares(8, 8)
+    rig = Rig(policy=policy, max_num_batched_tokens=8)
+    for i in range(2):
+        rig.add(distinct(i, 2))
+    assert rig.step() == {0: 2, 1: 2}
+    rig.add(distinct(2, 2))
+    policy.shares = (-1, 8)
+    assert rig.step() == {2: 2}
+    policy.shares = (8, -1)
     assert rig.step() == {0: 1, 1: 1, 2: 1}
 
 
@@ -555,18 +595,18 @@ def test_prompt_logprobs_are_kept_though_the_same_step_ends_the_sequence():
     rig = Rig()
     seq = rig.add([1, 2, 3], max_tokens=1, prompt_logprobs=0)
     plan = rig.scheduler.schedule()
-    rig.scheduler.update(plan, StepResult([7], prompt_logprobs={0: (1, [entry(2), entry(3)])}))
-    assert (seq.finish_reason, seq.prompt_logprobs) == ("length", [entry(2), entry(3)])
+    rig.scheduler.update(plan, StepResult([7], prompt_logprobs={0: {1: entry(2), 2: entry(3)}}))
+    assert (seq.finish_reason, seq.prompt_logprobs) == ("length", {1: entry(2), 2: entry(3)})
 
 
 def test_prompt_logprobs_computed_anew_are_kept_once():
     rig = Rig()
     seq = rig.add([1, 2, 3, 4], prompt_logprobs=0)
-    for position, tokens in ((1, [2, 3]), (1, [2]), (2, [3, 4])):
-        found = {0: (position, [entry(token_id) for token_id in tokens])}
-        rig.scheduler.schedule()
+    rig.scheduler.schedule()
+    for positions in ((1, 2), (1,), (2, 3)):
+        found = {0: {position: entry(1 + position) for position in positions}}
         rig.scheduler.update(StepPlan(1), StepResult([], prompt_logprobs=found))
-    assert seq.prompt_logprobs == [entry(2), entry(3), entry(4)]
+    assert seq.prompt_logprobs == {1: entry(2), 2: entry(3), 3: entry(4)}
 
 
 # What crosses to the worker
@@ -631,6 +671,6 @@ def test_default_parameters_survive_msgpack_up_to_the_kind_of_an_empty_list():
 
 def test_a_result_survives_msgpack():
     found = TokenLogprobs([5, 6], [-0.5, -1.5], 2)
-    result = StepResult([5, -1], {4: found}, {2: (1, [found, found])}, {7: "no distribution"})
+    result = StepResult([5, -1], {4: found}, {2: {1: found, 2: found}}, {7: "no distribution"})
     encoded = msgspec.msgpack.encode(result)
     assert msgspec.msgpack.decode(encoded, type=StepResult) == result

@@ -19,7 +19,7 @@ EOS = 2  # its <|im_end|>
 
 def save_tiny(folder: Path, tokenizer: Path, family: str = "llama", **overrides: Any) -> Any:
     """A small random model with SmolLM2's tokenizer beside it; returns transformers' model."""
-    own = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 1024, "eos_token_id": EOS}
+    own = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 8192, "eos_token_id": EOS}
     theirs = make_reference(family, own | {"num_hidden_layers": 2} | overrides)
     theirs.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -38,7 +38,9 @@ def copy_with(folder: Path, target: Path, file: str = "config.json", **changed: 
 
 def greedy(max_tokens: int | None = 16, **params: Any) -> SamplingParams:
     """The likeliest tokens, and exactly `max_tokens` of them unless told otherwise."""
-    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params)
+    return SamplingParams(
+        **{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params
+    )
 
 
 def make_ids(seed: int, length: int) -> list[int]:

@@ -1,6 +1,8 @@
 """The offline API, called as its users call it."""
 
 import json
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +206,9 @@ def test_an_output_has_all_its_fields(llm: LLM) -> None:
         assert len(likely) == 2
         assert likely[token_id].rank == 1
         assert likely[token_id].decoded_token == llm.get_tokenizer().decode([token_id])
-    sums = [entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs)]
-    assert completion.cumulative_logprob == pytest.approx(sum(sums))
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    total = sum(likely[token_id].logprob for token_id, likely in pairs)
+    assert completion.cumulative_logprob == pytest.approx(total)
 
 
 def test_logprobs_are_absent_unless_asked_for(llm: LLM) -> None:
@@ -245,6 +248,15 @@ def test_detokenize_false_makes_no_text(llm: LLM) -> None:
     [output] = llm.generate([PROMPT], greedy(5, detokenize=False), use_tqdm=False)
     assert output.outputs[0].text == ""
     assert tokens_of([output]) == tokens_of(llm.generate([PROMPT], greedy(5), use_tqdm=False))
+
+
+def test_bad_words_are_kept_out_without_a_text_too(llm: LLM) -> None:
+    free = llm.generate([PROMPT], greedy(6), use_tqdm=False)[0].outputs[0].token_ids
+    word = llm.get_tokenizer().decode([free[3]])
+    params = greedy(6, bad_words=[word], detokenize=False)
+    [output] = llm.generate([PROMPT], params, use_tqdm=False)
+    assert output.outputs[0].token_ids[:3] == free[:3]
+    assert free[3] not in output.outputs[0].token_ids
 
 
 def test_times_are_in_order(llm: LLM) -> None:
@@ -416,15 +428,14 @@ def test_a_stream_never_takes_back_what_may_become_a_stop_string(llm: LLM, lengt
 
 
 def assert_only_grows(texts: list[str]) -> None:
-    for earlier, later in zip(texts, texts[1:], strict=False):
+    for earlier, later in pairwise(texts):
         assert later.startswith(earlier)
 
 
 def test_a_stream_of_half_characters_shows_whole_ones(llm: LLM) -> None:
     face = llm.get_tokenizer().encode("\N{GRINNING FACE}")
     assert len(face) > 1
-    first, *rest = face
-    chain = greedy(1, allowed_token_ids=[first])
+    chain = greedy(1, allowed_token_ids=face[:1])
     assert llm.generate([PROMPT], chain, use_tqdm=False)[0].outputs[0].text == "\ufffd"
     texts = [
         output.outputs[0].text for output in llm.stream(PROMPT, greedy(4, allowed_token_ids=face))
@@ -480,6 +491,20 @@ def test_streams_that_take_turns_each_show_their_end(llm: LLM) -> None:
     assert [list(stream) for stream in streams] == [[]] * 3
 
 
+def test_forgetting_the_cache_leaves_an_open_stream_as_it_is(llm: LLM) -> None:
+    prompt = make_ids(1, 40)
+    alone = tokens_of(llm.generate([prompt], greedy(30), use_tqdm=False))
+    stream = llm.stream(prompt, greedy(30))
+    for _ in range(5):
+        next(stream)
+    llm.reset_prefix_cache()
+    assert num_used(llm) == 3
+    [other] = llm.generate([prompt], greedy(3), use_tqdm=False)
+    assert other.num_cached_tokens == 0
+    assert tokens_of([other]) == [alone[0][:3]]
+    assert tokens_of(list(stream)[-1:]) == alone
+
+
 # The life of an engine
 
 
@@ -497,6 +522,17 @@ def test_a_closed_engine_refuses_everything(tiny: Path) -> None:
     ):
         with pytest.raises(EngineDeadError, match="closed"):
             call()
+
+
+@pytest.mark.timeout(60)
+def test_a_stream_of_a_closed_engine_ends_with_an_error(tiny: Path) -> None:
+    llm = LLM(tiny, max_model_len=64, num_kv_blocks=8)
+    stream = llm.stream(PROMPT, greedy(20))
+    next(stream)
+    llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        next(stream)
+    assert list(stream) == []
 
 
 def test_with_closes_the_engine_after_an_error_too(tiny: Path) -> None:
@@ -528,7 +564,7 @@ def test_without_a_tokenizer_ids_go_in_and_come_out(tiny: Path, llm: LLM) -> Non
         [output] = bare.generate([prompt], greedy(5, logprobs=1), use_tqdm=False)
         assert output.outputs[0].text == ""
         assert tokens_of([output]) == tokens_of(llm.generate([prompt], greedy(5), use_tqdm=False))
-        with pytest.raises(InvalidRequestError, match="token ids only"):
+        with pytest.raises(InvalidRequestError, match=r"prompt=.* token ids"):
             bare.generate(PROMPT, use_tqdm=False)
         with pytest.raises(InvalidRequestError, match="no tokenizer"):
             bare.get_tokenizer()
@@ -599,8 +635,6 @@ def test_ctrl_c_in_generate_ends_an_open_stream_too(llm: LLM) -> None:
 
 
 def test_outputs_can_be_printed_as_json(llm: LLM) -> None:
-    from dataclasses import asdict
-
     [output] = llm.generate([PROMPT], greedy(3, logprobs=1, prompt_logprobs=1), use_tqdm=False)
     shown = json.loads(json.dumps(asdict(output)))
     assert shown["outputs"][0]["token_ids"] == output.outputs[0].token_ids

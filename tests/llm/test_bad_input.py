@@ -28,10 +28,14 @@ def refused(llm: LLM) -> Iterator[Callable[..., None]]:
     before = core.num_added
 
     def refuse(field: str, prompt: Any = GOOD, params: Any = None, **options: Any) -> None:
+        def call() -> None:
+            made = params() if callable(params) else params or greedy()
+            llm.generate(
+                [GOOD, prompt, GOOD], [greedy(), made, greedy()], use_tqdm=False, **options
+            )
+
         with pytest.raises(InvalidRequestError) as caught:
-            params = params() if callable(params) else params or greedy()
-            each = [greedy(), params, greedy()]
-            llm.generate([GOOD, prompt, GOOD], each, use_tqdm=False, **options)
+            call()
         assert caught.value.field == field
         assert str(caught.value).startswith(f"{field}=")
         assert (core.num_added, len(core.scheduler.waiting)) == (before, 0)
@@ -105,7 +109,7 @@ def test_half_a_surrogate_pair_in_a_message_is_refused(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": FACE}], use_tqdm=False)
 
 
-@pytest.mark.parametrize("salt", [5, b"salt", ["salt"], True])
+@pytest.mark.parametrize("salt", [5, 0, b"salt", ["salt"], True, False])
 def test_a_cache_salt_that_is_no_string_is_refused(refused: Callable[..., None], salt: Any) -> None:
     refused("cache_salt", {"prompt_token_ids": GOOD, "cache_salt": salt})
 
@@ -209,6 +213,46 @@ def test_parameters_that_are_no_parameters_are_refused(refused: Callable[..., No
     refused("sampling_params", params={"temperature": 0})
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e308},
+        {"temperature": 1.1e-5},
+        {"top_p": 1e-30},
+        {"top_k": 2**62},
+        {"top_k": VOCAB_SIZE, "top_p": 0.999999},
+        {"min_p": 1.0},
+        {"seed": -(2**63)},
+        {"seed": 2**63 - 1, "n": 2},
+        {"presence_penalty": -2.0, "frequency_penalty": -2.0},
+        {"repetition_penalty": 1e-30},
+        {"repetition_penalty": 1e308},
+        {"logit_bias": dict.fromkeys(range(100), 1e308)},
+        {"logit_bias": dict.fromkeys(range(VOCAB_SIZE), -1e308)},
+        {"allowed_token_ids": [0, 0]},
+        {"bad_words": ["a " * 500]},
+        {"stop": ["x" * 10_000]},
+        {"stop_token_ids": list(range(1000)), "min_tokens": 6},
+        {"logprobs": 0, "prompt_logprobs": 0},
+        {"logprobs": VOCAB_SIZE, "max_tokens": 1},
+        {"max_tokens": 2**62, "stop_token_ids": list(range(VOCAB_SIZE))},
+    ],
+)
+def test_an_extreme_parameter_is_served_and_disturbs_nobody(
+    llm: LLM, extreme: dict[str, Any], temperature: float
+) -> None:
+    other = make_ids(2, 30)
+    alone = tokens_of(llm.generate([other], greedy(8), use_tqdm=False))
+    fields = {"temperature": temperature, "max_tokens": 6, "ignore_eos": True, "seed": 1} | extreme
+    outputs = llm.generate([GOOD, other], [SamplingParams(**fields), greedy(8)], use_tqdm=False)
+    assert tokens_of(outputs[1:]) == alone
+    for completion in outputs[0].outputs:
+        assert completion.finish_reason in ("stop", "length")
+        assert len(completion.token_ids) == (1 if fields["max_tokens"] != 6 else 6)
+        assert all(0 <= token_id < VOCAB_SIZE for token_id in completion.token_ids)
+
+
 # Errors while serving
 
 
@@ -230,7 +274,12 @@ def test_an_error_in_sampling_ends_that_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, num_good: int
 ) -> None:
     prompts = [make_ids(i, 20 + i) for i in range(4)]
-    params = [greedy(8, frequency_penalty=0.5), greedy(8), greedy(8, logit_bias={7: 1.0}), greedy(8)]
+    params = [
+        greedy(8, frequency_penalty=0.5),
+        greedy(8),
+        greedy(8, logit_bias={7: 1.0}),
+        greedy(8),
+    ]
     alone = tokens_of(llm.generate(prompts, params, use_tqdm=False))
     adjust = logits.adjust
 

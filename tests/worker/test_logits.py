@@ -38,8 +38,9 @@ def kept(probabilities: list[float], **params: Any) -> set[int]:
 
 
 def test_the_repetition_penalty_is_on_tokens_of_prompt_and_output() -> None:
-    result = one([2.0, -2.0, 3.0, -1.0], prompt=[0], output=[1, 1], repetition_penalty=2.0)
-    assert result == [1.0, -4.0, 3.0, -1.0]
+    logits = [2.0, -2.0, 3.0, -1.0, 0.5, 0.0]
+    result = one(logits, prompt=[0, 5], output=[1, 1, 4], repetition_penalty=2.0)
+    assert result == [1.0, -4.0, 3.0, -1.0, 0.25, 0.0]
 
 
 def test_a_repetition_penalty_below_1_makes_repeating_likelier() -> None:
