@@ -20,7 +20,7 @@ class SamplingParams:
             probability top_p, the top_k first (0 or -1: all), those with at least min_p times
             the probability of the likeliest.
         seed: makes the samples repeatable, whatever they are batched with. Sample i of n uses
-            seed + i. None: derived from the engine's seed and the order of requests.
+            seed + i. None or -1: derived from the engine's seed and the order of requests.
         presence_penalty, frequency_penalty: taken from the logit of a generated token, once and
             per occurrence. repetition_penalty: divides a positive logit of a token that the
             prompt or the output holds (Keskar et al., CTRL, 2019), multiplies a negative one.
@@ -66,6 +66,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        if self.seed == -1:  # as in vLLM
+            object.__setattr__(self, "seed", None)
         check_fields(self, InvalidRequestError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             why = f"must be at most max_tokens={self.max_tokens}"

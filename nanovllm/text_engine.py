@@ -96,14 +96,14 @@ class TextEngine:
         for seq in self.core.step():
             request = self.requests[seq.seq_id]
             advanced.append(request)
+            reason = "stop"
             try:
-                stop = request.texts[seq.index].advance()
+                why = request.texts[seq.index].advance()
             except Exception as error:  # of this sequence only
-                self.core.finish([seq], "error", f"{type(error).__name__}: {error}")
-            else:
-                if stop:
-                    self.core.finish([seq], "stop", stop)
-                    seq.finish_reason, seq.stop_reason = "stop", stop  # even if "length" is true
+                reason, why = "error", f"{type(error).__name__}: {error}"
+            if why is not None:
+                self.core.finish([seq], reason, why)
+                seq.finish_reason, seq.stop_reason = reason, why  # even if it also got too long
             if seq.finish_reason is not None:
                 del self.requests[seq.seq_id]
         return advanced

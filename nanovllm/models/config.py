@@ -1,6 +1,5 @@
 """ModelConfig: a model's shape, read from its config.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,8 +106,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelLoadError: there is no such file, or it holds something else.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, TypeError) as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise ModelLoadError(f"{path}: not a JSON object ({error})") from error

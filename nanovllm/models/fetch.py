@@ -32,9 +32,9 @@ def fetch(model: str) -> Path:
     """
     if model == BUILT_IN:
         return fetch_built_in()
-    path, found = Path(model).expanduser(), HUB_ID.fullmatch(model)
-    if path.exists() or not found or found["repo"].endswith(".gguf") or model.startswith("."):
-        hint = "is neither a folder nor a .gguf file" if path.exists() else "no such folder or file"
+    found, exists = HUB_ID.fullmatch(model), os.path.exists(os.path.expanduser(model))
+    if exists or not found or found["repo"].endswith(".gguf") or model.startswith("."):
+        hint = "is neither a folder nor a .gguf file" if exists else "no such folder or file"
         raise ModelLoadError(
             f"model {model!r}: {hint}, nor a name; built in: {BUILT_IN}; "
             "a model of the hub is named owner/name or owner/name:file.gguf"

@@ -485,7 +485,7 @@ def test_streams_that_take_turns_each_show_their_end(llm: LLM) -> None:
     last: dict[int, RequestOutput] = {}
     for _ in range(12):
         for i, stream in enumerate(streams):
-            last[i] = next(stream, last.get(i))
+            last[i] = next(stream, last[i]) if i in last else next(stream)
     assert [last[i].finished for i in range(3)] == [True] * 3
     assert tokens_of([last[i] for i in range(3)]) == alone
     assert [list(stream) for stream in streams] == [[]] * 3

@@ -238,6 +238,7 @@ def test_parameters_that_are_no_parameters_are_refused(refused: Callable[..., No
         {"logprobs": VOCAB_SIZE, "max_tokens": 1},
         {"max_tokens": 2**62, "stop_token_ids": list(range(VOCAB_SIZE))},
     ],
+    ids=",".join,
 )
 def test_an_extreme_parameter_is_served_and_disturbs_nobody(
     llm: LLM, extreme: dict[str, Any], temperature: float

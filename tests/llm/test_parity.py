@@ -293,20 +293,18 @@ def test_logprobs_of_a_small_model_are_whole_and_the_same_whatever_the_settings(
     folder, _ = small
 
     def run(settings: dict[str, Any]) -> tuple[torch.Tensor, float]:
+        """At each position: of the token there, and of the likeliest two."""
         params = greedy(24, logprobs=2, prompt_logprobs=2)
+        values = []
         with LLM(folder, skip_tokenizer_init=True, **{"num_kv_blocks": 800} | settings) as llm:
-            outputs = llm.generate(SMALL_PROMPTS, params, use_tqdm=False)
-            positions = [
-                [entry[token_id].logprob, *sorted(e.logprob for e in entry.values())[-2:]]
-                for output in outputs
-                for token_id, entry in zip(
-                    output.prompt_token_ids[1:] + output.outputs[0].token_ids,
-                    (output.prompt_logprobs or [])[1:] + (output.outputs[0].logprobs or []),
-                    strict=True,
-                )
-                if entry is not None
-            ]
-            return torch.tensor(positions), llm.get_metrics()["num_preemptions_total"]
+            for output in llm.generate(SMALL_PROMPTS, params, use_tqdm=False):
+                tokens = output.prompt_token_ids + output.outputs[0].token_ids
+                entries = [*(output.prompt_logprobs or []), *(output.outputs[0].logprobs or [])]
+                for token_id, entry in list(zip(tokens, entries, strict=True))[1:]:
+                    assert entry is not None
+                    likeliest = sorted(found.logprob for found in entry.values())[-2:]
+                    values.append([entry[token_id].logprob, *likeliest])
+            return torch.tensor(values), llm.get_metrics()["num_preemptions_total"]
 
     expected, _ = run({})
     for settings in SMALL_VARIATIONS[1:3] + SMALL_SCARCE[:2]:

@@ -318,3 +318,8 @@ def test_the_load_format_is_kept_to(folder: Path) -> None:
     assert load(folder, "auto").lm_head.weight.shape == (6, 8)
     with pytest.raises(ModelLoadError, match="model: holds no weights"):
         load(folder, "safetensors")
+
+
+def test_a_name_too_long_for_a_path_is_no_model() -> None:
+    with pytest.raises(ModelLoadError, match="no such folder or file"):
+        locate("x" * 400)
