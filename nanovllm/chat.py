@@ -30,15 +30,10 @@ def chat_prompts(
             for the template.
     """
     one = not messages or isinstance(messages, Mapping) or isinstance(messages[0], Mapping)
+    names = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
     prompts = []
     for conversation in [messages] if one else messages:
-        text = render_chat(
-            tokenizer.config,
-            conversation,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **(chat_template_kwargs or {}),
-        )
+        text = render_chat(tokenizer.config, conversation, chat_template=chat_template, **names)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         prompts.append({"prompt": text, "prompt_token_ids": token_ids})
     return prompts

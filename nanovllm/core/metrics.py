@@ -20,5 +20,5 @@ def metrics(scheduler: Scheduler) -> dict[str, float]:
         "prefix_cache_hits_total": counts["prefix_cache_hits"],
         "prompt_tokens_total": counts["prompt_tokens"],
         "generation_tokens_total": counts["generation_tokens"],
-        "request_success_total": counts[Kind.FINISHED],
+        "request_success_total": counts["success"],
     }

@@ -123,6 +123,7 @@ class Scheduler:
             self.waiting = [entry for entry in self.waiting if entry[1] is not seq]
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         kind = Kind.ABORTED if reason == "abort" else Kind.FINISHED
+        self.events.counts["success"] += reason in ("stop", "length")
         self._record(kind, seq, reason, output_tokens=seq.num_tokens - seq.num_prompt_tokens)
 
     # The parts of a plan
