@@ -61,14 +61,15 @@ def check_request(
     Raises:
         InvalidRequestError: names the field.
     """
-    if (params.stop or params.bad_words) and not (has_text and params.detokenize):
-        name = "stop" if params.stop else "bad_words"
-        raise InvalidRequestError(name, getattr(params, name), "needs text: detokenize=True")
+    if params.stop and not (has_text and params.detokenize):
+        raise InvalidRequestError("stop", params.stop, "is looked for in text; needs detokenize")
+    if params.bad_words and not has_text:
+        raise InvalidRequestError("bad_words", params.bad_words, "needs a tokenizer")
     listed = ("stop_token_ids", "allowed_token_ids", "logit_bias")
     given = {name: getattr(params, name) or () for name in listed}
     for name, token_ids in {"prompt_token_ids": prompt_token_ids, **given}.items():
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 why = f"token ids are integers from 0 to {vocab_size - 1}"
                 raise InvalidRequestError(name, token_id, why)
     for name in ("logprobs", "prompt_logprobs"):

@@ -171,9 +171,12 @@ class LLM:
     ) -> list[Request]:
         """Check all prompts, then queue all."""
         engine, count = self.engine, len(prompts)
-        each = spread("sampling_params", params or SamplingParams(), count)
+        each = spread("sampling_params", SamplingParams() if params is None else params, count)
         priorities = spread("priority", 0 if priority is None else priority, count)
         prepared = [engine.prepare(*pair) for pair in zip(prompts, each, strict=True)]
+        for p in priorities:
+            if not isinstance(p, int):
+                raise InvalidRequestError("priority", p, "must be an integer")
         queue = zip(prepared, priorities, strict=True)
         return [engine.submit(request, priority=p) for request, p in queue]
 
@@ -183,11 +186,14 @@ class LLM:
         bar = tqdm(total=len(requests), desc="Requests", disable=not use_tqdm)
         try:
             while open_requests:
-                for request in open_requests.intersection(advanced := engine.step()):
-                    yield request
+                # one that finished while another caller stepped the engine is shown once more
+                done = {request for request in open_requests if request.finished}
+                advanced = [] if done else engine.step()
+                for request in done or open_requests.intersection(advanced):
                     if request.finished:
                         open_requests.remove(request)
                         bar.update()
+                    yield request
                 num_tokens += len(advanced)
                 rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} output tok/s", refresh=False)

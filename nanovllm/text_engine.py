@@ -60,8 +60,11 @@ class TextEngine:
         Raises:
             InvalidRequestError: names the field that makes it impossible.
         """
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("sampling_params", params, "must be SamplingParams")
         fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-        text, salt = fields.get("prompt"), fields.get("cache_salt") or ""
+        text, salt = fields.get("prompt"), fields.get("cache_salt")
+        salt = "" if salt is None else salt
         token_ids: Any = fields.get("prompt_token_ids", text)
         if isinstance(token_ids, str) and self.tokenizer is not None:
             token_ids = self.tokenizer.encode(token_ids)
@@ -93,7 +96,12 @@ class TextEngine:
             the requests that advanced, as often as they have sequences that did.
         """
         advanced = []
-        for seq in self.core.step():
+        try:
+            stepped = self.core.step()
+        except BaseException:  # Ctrl-C ended the requests in the step
+            self.requests = {i: r for i, r in self.requests.items() if not r.finished}
+            raise
+        for seq in stepped:
             request = self.requests[seq.seq_id]
             advanced.append(request)
             reason = "stop"

@@ -45,7 +45,9 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, field: str = "prompt"
+    ) -> list[int]:
         """Token ids of a text.
 
         Raises:
@@ -56,7 +58,7 @@ class Tokenizer:
                 text, add_special_tokens=add_special_tokens
             ).ids
         except (UnicodeEncodeError, TypeError) as error:  # which one depends on the version
-            raise InvalidRequestError("prompt", text, f"is not valid Unicode ({error})") from error
+            raise InvalidRequestError(field, text, f"is not valid Unicode ({error})") from error
         return token_ids
 
     def decode(self, token_ids: Items[int], *, skip_special_tokens: bool = True) -> str:
@@ -68,7 +70,7 @@ class Tokenizer:
         not count, unless it is nothing else."""
         bare = word.lstrip()
         forms = (bare, " " + bare) if bare else (word,)
-        found = [self.encode(form, add_special_tokens=False) for form in forms]
+        found = [self.encode(form, add_special_tokens=False, field="bad_words") for form in forms]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
 
 

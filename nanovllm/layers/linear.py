@@ -19,7 +19,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, with W [out_features, in_features]."""
+    """y = x Wᵀ + b, with W [out_features, in_features], or packed for oneDNN (`pack`)."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -27,7 +27,16 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.is_mkldnn:
+            ops = torch.ops.mkldnn
+            return ops._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Bring W into the order in which oneDNN reads it, once instead of in each product: up to
+        twice as fast for few rows."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
 
 class MergedLinear(Linear):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.layers.linear import Linear
 from nanovllm.models.checkpoint import open_tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
@@ -46,6 +47,10 @@ def load_model(
         fill_randomly(model, seed)
     else:
         fill(model, tensors, path)
+    if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.pack()
     return model
 
 

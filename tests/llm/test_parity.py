@@ -57,7 +57,6 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "16 tokens a step": {"max_num_batched_tokens": 16},
     "64 tokens a step, blocks of 32": {"max_num_batched_tokens": 64, "block_size": 32},
     "512 tokens a step": {"max_num_batched_tokens": 512},
-    "no prefix cache": {"enable_prefix_caching": False},
     "no chunks, no prefix cache": {
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
@@ -65,9 +64,12 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "reference attention": {"attention_backend": "reference"},
 }
 SCARCE: dict[str, dict[str, Any]] = {
-    "few blocks": {"num_kv_blocks": 24},
-    "few blocks of 32": {"num_kv_blocks": 12, "block_size": 32},
-    "few blocks, no prefix cache": {"num_kv_blocks": 32, "enable_prefix_caching": False},
+    "few blocks": {"num_kv_blocks": 20},
+    "few blocks of 32, no prefix cache": {
+        "num_kv_blocks": 14,
+        "block_size": 32,
+        "enable_prefix_caching": False,
+    },
 }
 
 
@@ -125,8 +127,8 @@ def test_the_reference_is_what_generate_of_transformers_gives(
 def test_a_second_run_finds_its_prompts_in_the_cache_and_gives_the_same(
     engine: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    outputs = engine.generate(PROMPTS[FEW], greedy(32), use_tqdm=False)
-    assert tokens_of(outputs) == [tokens[:32] for tokens in expected[FEW]]
+    outputs = engine.generate(PROMPTS[FEW], greedy(24), use_tqdm=False)
+    assert tokens_of(outputs) == [tokens[:24] for tokens in expected[FEW]]
     stored = [len(prompt) // 16 * 16 for prompt in prompts[FEW]]
     whole = [min(n, len(p) - 1) for n, p in zip(stored, prompts[FEW], strict=True)]
     assert [output.num_cached_tokens for output in outputs] == whole
@@ -144,9 +146,9 @@ def test_the_tokens_are_the_same_however_many_run_at_once(
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_the_tokens_are_the_same_with(smollm2: Path, expected: list[list[int]], name: str) -> None:
     with LLM(smollm2, **SETTINGS | VARIATIONS[name]) as llm:
-        outputs = llm.generate(PROMPTS[FEW], greedy(32), use_tqdm=False)
+        outputs = llm.generate(PROMPTS[FEW], greedy(24), use_tqdm=False)
         assert llm.get_metrics()["num_preemptions_total"] == 0
-    assert tokens_of(outputs) == [tokens[:32] for tokens in expected[FEW]]
+    assert tokens_of(outputs) == [tokens[:24] for tokens in expected[FEW]]
 
 
 @pytest.mark.parametrize("name", SCARCE)
@@ -154,10 +156,10 @@ def test_the_tokens_are_the_same_though_requests_are_preempted_with(
     smollm2: Path, expected: list[list[int]], name: str
 ) -> None:
     with LLM(smollm2, **SETTINGS | SCARCE[name]) as llm:
-        outputs = llm.generate(PROMPTS[FEW], greedy(32), use_tqdm=False)
+        outputs = llm.generate(PROMPTS[FEW], greedy(24), use_tqdm=False)
         assert llm.get_metrics()["num_preemptions_total"] > 0
         assert_idle(llm)
-    assert tokens_of(outputs) == [tokens[:32] for tokens in expected[FEW]]
+    assert tokens_of(outputs) == [tokens[:24] for tokens in expected[FEW]]
 
 
 @pytest.mark.parametrize("index", [2, 10, 23, 24])
