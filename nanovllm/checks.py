@@ -6,13 +6,14 @@ from dataclasses import field, fields
 from difflib import get_close_matches
 from sys import float_info
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from nanovllm.errors import FieldError, InvalidRequestError
 
 if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
 
+T = TypeVar("T")
 HUGE = float_info.max
 
 
@@ -53,18 +54,34 @@ def check_fields(item: Any, error: type[FieldError]) -> None:
             raise error(entry.name, value, f"can be {', '.join(names)}; the nearest is {nearest}")
 
 
-def check_request(
-    prompt_token_ids: Sequence[Any], params: "SamplingParams", vocab_size: int, *, has_text: bool
+def check_kinds(
+    prompt: Any, params: Any, priority: Any, cache_salt: Any, *, has_tokenizer: bool
 ) -> None:
-    """Hold a request to what the model and its tokenizer (has_text: is there one?) can do.
+    """Hold the parts of a request to their kinds, and to what can be done without a tokenizer.
 
     Raises:
         InvalidRequestError: names the field.
     """
-    if params.stop and not (has_text and params.detokenize):
+    if not hasattr(params, "for_sample"):
+        raise InvalidRequestError("sampling_params", params, "must be SamplingParams")
+    if not isinstance(prompt, Sequence) or (isinstance(prompt, str) and not has_tokenizer):
+        raise InvalidRequestError("prompt", prompt, "must be token ids, or text to tokenize")
+    if not isinstance(cache_salt, str | None):
+        raise InvalidRequestError("cache_salt", cache_salt, "must be a string")
+    if not isinstance(priority, int):
+        raise InvalidRequestError("priority", priority, "must be an integer")
+    if params.stop and not (has_tokenizer and params.detokenize):
         raise InvalidRequestError("stop", params.stop, "is looked for in text; needs detokenize")
-    if params.bad_words and not has_text:
+    if params.bad_words and not has_tokenizer:
         raise InvalidRequestError("bad_words", params.bad_words, "needs a tokenizer")
+
+
+def check_ids(prompt_token_ids: Sequence[Any], params: "SamplingParams", vocab_size: int) -> None:
+    """Hold token ids, and the numbers of log probabilities, to the vocabulary.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
     listed = ("stop_token_ids", "allowed_token_ids", "logit_bias")
     given = {name: getattr(params, name) or () for name in listed}
     for name, token_ids in {"prompt_token_ids": prompt_token_ids, **given}.items():
@@ -76,3 +93,16 @@ def check_request(
         if (getattr(params, name) or 0) > vocab_size:
             why = f"the vocabulary has {vocab_size} tokens; -1 reports all"
             raise InvalidRequestError(name, getattr(params, name), why)
+
+
+def spread(field: str, value: T | Sequence[T], count: int) -> list[T]:
+    """One value for each of `count` prompts, from one for all or one for each.
+
+    Raises:
+        InvalidRequestError: there are several, and not as many as prompts.
+    """
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequestError(field, value, f"give one, or one for each of {count} prompts")
+    return list(value)

@@ -2,10 +2,11 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from tqdm import tqdm
 
+from nanovllm.checks import spread
 from nanovllm.config import DEFAULT_MODEL, EngineConfig
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine import EngineCore
@@ -19,7 +20,6 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.text_engine import Prompt, Request, TextEngine
 from nanovllm.tokenizer import Tokenizer
 
-T = TypeVar("T")
 Params = SamplingParams | Items[SamplingParams] | None
 
 
@@ -38,25 +38,12 @@ def build(config: EngineConfig) -> TextEngine:
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(locate(config.tokenizer) if config.tokenizer else path)
     executor, policy = InlineExecutor(config, model, path), make_policy(config.scheduling_policy)
-    scheduler = Scheduler(
-        BlockManager(
-            executor.num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            evict=policy.evict,
-        ),
-        policy,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-    )
-    core = EngineCore(
-        scheduler,
-        executor,
-        max_model_len=config.max_model_len,
-        eos_token_ids=model.eos_token_ids,
-        seed=config.seed,
-    )
+    caching, evict = config.enable_prefix_caching, policy.evict
+    blocks = BlockManager(executor.num_blocks, config.block_size, caching, evict)
+    limits = config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
+    scheduler = Scheduler(blocks, policy, *limits)
+    length, ends = config.max_model_len, model.eos_token_ids
+    core = EngineCore(scheduler, executor, length, ends, config.seed)
     return TextEngine(core, tokenizer, model.vocab_size)
 
 
@@ -170,15 +157,12 @@ class LLM:
         self, prompts: list[Prompt], params: Params, priority: Items[int] | None
     ) -> list[Request]:
         """Check all prompts, then queue all."""
-        engine, count = self.engine, len(prompts)
-        each = spread("sampling_params", SamplingParams() if params is None else params, count)
-        priorities = spread("priority", 0 if priority is None else priority, count)
-        prepared = [engine.prepare(*pair) for pair in zip(prompts, each, strict=True)]
-        for p in priorities:
-            if not isinstance(p, int):
-                raise InvalidRequestError("priority", p, "must be an integer")
-        queue = zip(prepared, priorities, strict=True)
-        return [engine.submit(request, priority=p) for request, p in queue]
+        each = spread(
+            "sampling_params", SamplingParams() if params is None else params, len(prompts)
+        )
+        priorities = spread("priority", 0 if priority is None else priority, len(prompts))
+        engine, parts = self.engine, zip(prompts, each, priorities, strict=True)
+        return [engine.submit(request) for request in [engine.prepare(*part) for part in parts]]
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> Iterator[Request]:
         """Step the engine until the requests are done; yield each as often as it advances."""
@@ -208,16 +192,3 @@ def as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return list(cast(Items[Prompt], prompts))
-
-
-def spread(field: str, value: T | Items[T], count: int) -> list[T]:
-    """One value for each of `count` prompts.
-
-    Raises:
-        InvalidRequestError: there are several, and not as many as prompts.
-    """
-    if not isinstance(value, Items):
-        return [value] * count
-    if len(value) != count:
-        raise InvalidRequestError(field, value, f"give one, or one for each of {count} prompts")
-    return list(value)

@@ -1,9 +1,14 @@
 """What a request comes back as. vLLM's names; `out["text"]` works too."""
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.core.sequence import Sequence
+
+if TYPE_CHECKING:
+    from nanovllm.text_engine import Request
+    from nanovllm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +85,44 @@ class RequestOutput:
     def __getitem__(self, name: str) -> Any:
         """`out["text"]` and `out["token_ids"]`: of the first sample."""
         return getattr(self.outputs[0] if name in ("text", "token_ids") else self, name)
+
+
+def request_output(
+    request: "Request", tokenizer: "Tokenizer | None", eos_token_ids: Set[int], *, partial: bool
+) -> RequestOutput:
+    """A request as it stands.
+
+    Args:
+        tokenizer: shows the tokens of log probabilities; None leaves them out.
+        eos_token_ids: ends that need no stop_reason.
+        partial: leave out text that may be the start of a stop string, so that what is shown
+            never has to be taken back.
+    """
+    first, params = request.sequences[0], request.params
+    prompt_logprobs: list[Logprobs | None] | None = None
+    if params.logprobs is not None or params.prompt_logprobs is not None:
+        from nanovllm.logprobs import show_logprobs
+    if params.prompt_logprobs is not None:
+        known = [first.prompt_logprobs[i] for i in sorted(first.prompt_logprobs)]
+        prompt_logprobs = [None, *show_logprobs(known, tokenizer)]
+    outputs = []
+    for seq, text in zip(request.sequences, request.texts, strict=True):
+        logprobs, total = None, None
+        if params.logprobs is not None:
+            logprobs = show_logprobs(seq.logprobs, tokenizer)
+            total = sum(entry.logprobs[0] for entry in seq.logprobs)
+        shown = text.safe if partial and not seq.finish_reason else text.text
+        own_end = seq.stop_reason in eos_token_ids and not params.ignore_eos
+        ids, end, why = seq.output_token_ids, seq.finish_reason, seq.stop_reason
+        why = None if own_end else why
+        outputs.append(CompletionOutput(seq.index, shown, ids, total, logprobs, end, why))
+    return RequestOutput(
+        first.request_id,
+        request.prompt,
+        request.prompt_token_ids,
+        prompt_logprobs,
+        outputs,
+        request.finished,
+        first.num_cached_tokens,
+        RequestTiming.of(first),
+    )

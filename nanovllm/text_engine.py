@@ -8,11 +8,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanovllm.checks import check_request
+from nanovllm.checks import check_ids, check_kinds
 from nanovllm.core.engine import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.errors import InvalidRequestError
-from nanovllm.outputs import CompletionOutput, Logprobs, RequestOutput, RequestTiming
+from nanovllm.outputs import RequestOutput, request_output
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Text, Tokenizer
 
@@ -32,6 +31,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str
+    priority: int
     sequences: list[Sequence] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
 
@@ -54,36 +54,33 @@ class TextEngine:
         self.core, self.tokenizer, self.vocab_size = core, tokenizer, vocab_size
         self.requests: dict[int, Request] = {}  # by the id of each sequence that has not ended
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def prepare(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
         """Check a request; nothing is queued before this accepted it.
+
+        Args:
+            priority: lower goes first under the priority policy.
 
         Raises:
             InvalidRequestError: names the field that makes it impossible.
         """
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("sampling_params", params, "must be SamplingParams")
-        fields = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         text, salt = fields.get("prompt"), fields.get("cache_salt")
-        salt = "" if salt is None else salt
-        token_ids: Any = fields.get("prompt_token_ids", text)
-        if isinstance(token_ids, str) and self.tokenizer is not None:
-            token_ids = self.tokenizer.encode(token_ids)
-        if isinstance(token_ids, str) or not isinstance(token_ids, Items):
-            raise InvalidRequestError("prompt", token_ids, "must be token ids, or text to tokenize")
-        if not isinstance(salt, str):
-            raise InvalidRequestError("cache_salt", salt, "must be a string")
+        token_ids = fields.get("prompt_token_ids", text)
+        check_kinds(token_ids, params, priority, salt, has_tokenizer=self.tokenizer is not None)
+        if self.tokenizer is not None:
+            if isinstance(token_ids, str):
+                token_ids = self.tokenizer.encode(token_ids)
+            bad = [ids for word in params.bad_words or () for ids in self.tokenizer.variants(word)]
+            params = replace(params, bad_words_token_ids=bad) if bad else params
         self.core.check_length(len(token_ids))
-        has_text = self.tokenizer is not None
-        check_request(token_ids, params, self.vocab_size, has_text=has_text)
-        if params.bad_words and self.tokenizer is not None:
-            bad = [ids for word in params.bad_words for ids in self.tokenizer.variants(word)]
-            params = replace(params, bad_words_token_ids=bad)
-        return Request(text if isinstance(text, str) else None, list(token_ids), params, salt)
+        check_ids(token_ids, params, self.vocab_size)
+        text = text if isinstance(text, str) else None
+        return Request(text, list(token_ids), params, salt or "", priority)
 
-    def submit(self, request: Request, *, request_id: str = "", priority: int = 0) -> Request:
+    def submit(self, request: Request, request_id: str = "") -> Request:
         """Queue a request in the engine."""
-        salt, prompt, params = request.cache_salt, request.prompt_token_ids, request.params
-        request.sequences = self.core.add(prompt, params, request_id, priority, salt)
+        prompt, params, priority = request.prompt_token_ids, request.params, request.priority
+        request.sequences = self.core.add(prompt, params, request_id, priority, request.cache_salt)
         tokenizer = self.tokenizer if params.detokenize else None
         request.texts = [Text(seq, tokenizer) for seq in request.sequences]
         self.requests |= dict.fromkeys((seq.seq_id for seq in request.sequences), request)
@@ -129,34 +126,5 @@ class TextEngine:
             partial: leave out text that may be the start of a stop string, so that what is shown
                 never has to be taken back.
         """
-        first = request.sequences[0]
-        prompt_logprobs: list[Logprobs | None] | None = None
-        if request.params.prompt_logprobs is not None:
-            entries = [first.prompt_logprobs[i] for i in sorted(first.prompt_logprobs)]
-            prompt_logprobs = [None, *self._shown(request, entries)]
-        return RequestOutput(
-            first.request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            prompt_logprobs,
-            [self._completion(request, seq, partial) for seq in request.sequences],
-            request.finished,
-            first.num_cached_tokens,
-            RequestTiming.of(first),
-        )
-
-    def _completion(self, request: Request, seq: Sequence, partial: bool) -> CompletionOutput:
-        text, logprobs, total = request.texts[seq.index], None, None
-        if request.params.logprobs is not None:
-            logprobs = self._shown(request, seq.logprobs)
-            total = sum(entry.logprobs[0] for entry in seq.logprobs)
-        shown = text.safe if partial and not seq.finish_reason else text.text
-        ids, end = seq.output_token_ids, seq.finish_reason
-        own_end = seq.stop_reason in self.core.eos_token_ids and not seq.params.ignore_eos
-        why = None if own_end else seq.stop_reason
-        return CompletionOutput(seq.index, shown, ids, total, logprobs, end, why)
-
-    def _shown(self, request: Request, entries: list[Any]) -> list[Logprobs]:
-        from nanovllm.logprobs import show_logprobs
-
-        return show_logprobs(entries, self.tokenizer if request.params.detokenize else None)
+        tokenizer = self.tokenizer if request.params.detokenize else None
+        return request_output(request, tokenizer, self.core.eos_token_ids, partial=partial)

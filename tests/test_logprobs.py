@@ -245,12 +245,12 @@ def test_a_prompt_preempted_in_its_midst_has_each_of_them_once(folder: Path, llm
         folder, num_kv_blocks=5, max_num_batched_tokens=4, scheduling_policy="priority"
     ) as tight:
         engine = tight.engine
-        late = engine.submit(engine.prepare(PROMPTS[0], options), priority=1)
+        late = engine.submit(engine.prepare(PROMPTS[0], options, priority=1))
         engine.step()
         engine.step()
         [seq] = late.sequences
         assert 0 < seq.num_computed_tokens < 13
-        urgent = engine.submit(engine.prepare(PROMPTS[1], params()), priority=0)
+        urgent = engine.submit(engine.prepare(PROMPTS[1], params(), priority=0))
         while not late.finished:
             engine.step()
         assert urgent.finished

@@ -58,7 +58,6 @@ class BlockManager:
         self,
         num_blocks: int,
         block_size: int,
-        *,
         enable_prefix_caching: bool = True,
         evict: Callable[[Idle], int] = lambda idle: next(iter(idle)),
     ) -> None:

@@ -34,7 +34,6 @@ class EngineCore:
         self,
         scheduler: Scheduler,
         executor: Executor,
-        *,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         seed: int = 0,

@@ -1,12 +1,14 @@
 """Policy: the hooks through which a scheduling idea enters.
 
-Subclass `Policy`, override what the idea is about, register it in `POLICIES`. Hooks see read-only
+`Policy` itself is "fcfs": first come, first served. Subclass it, override what the idea is about,
+register it in `POLICIES` (the built-in ones are in core/policies.py). Hooks see read-only
 views and the engine's clock; they return what they decide and why. They cannot know how long an
 output will be, and they touch nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from nanovllm.errors import ConfigError
@@ -46,10 +48,7 @@ class StepView:
 
 
 class Policy:
-    """First come, first served; decodes before prefills; the last to come is preempted first.
-
-    Every hook here is the default that a subclass inherits.
-    """
+    """First come, first served; decodes before prefills; the last to come is preempted first."""
 
     keys_change = False  # True: `key` depends on the time, so the queue is sorted anew each step
 
@@ -91,27 +90,11 @@ class Policy:
         return next(iter(idle))
 
 
-class Fcfs(Policy):
-    """First come, first served."""
-
-
-class Priority(Policy):
-    """The lowest `priority` value goes first, then the earliest arrival. Preempts the running
-    sequence with the highest value, also for an arrival whose value is lower."""
-
-    def key(self, seq: "SequenceView", now_s: float) -> tuple[float, ...]:
-        return (seq.priority, seq.arrival_s)
-
-    def victim(
-        self, running: Sequence["SequenceView"], needy: "SequenceView"
-    ) -> "Decision[SequenceView | None]":
-        worst = max(running, key=lambda seq: (seq.priority, seq.arrival_s, seq.seq_id))
-        if needy not in running and worst.priority <= needy.priority:
-            return Decision(None, "nobody runs with a lower priority")
-        return Decision(worst, "lowest priority, came last")
-
-
-POLICIES: Mapping[str, type[Policy]] = {"fcfs": Fcfs, "priority": Priority}
+# name -> module:class; each is imported when it is asked for
+POLICIES: Mapping[str, str] = {
+    "fcfs": "nanovllm.core.policy:Policy",
+    "priority": "nanovllm.core.policies:Priority",
+}
 
 
 def make_policy(name: str) -> Policy:
@@ -122,4 +105,6 @@ def make_policy(name: str) -> Policy:
     """
     if name not in POLICIES:
         raise ConfigError("scheduling_policy", name, f"choose one of {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    module, _, class_name = POLICIES[name].partition(":")
+    policy: Policy = getattr(import_module(module), class_name)()
+    return policy

@@ -31,7 +31,6 @@ class Scheduler:
         self,
         blocks: BlockManager,
         policy: Policy,
-        *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_chunked_prefill: bool = True,
@@ -79,12 +78,10 @@ class Scheduler:
             the sequences that got a token or ended with an error.
         """
         now_s, advanced, running = self.events.clock(), [], self.running
-        for seq_id, entries in result.prompt_logprobs.items():
-            if seq_id in running:
-                running[seq_id].prompt_logprobs.update(entries)
-        for seq_id, entry in result.logprobs.items():
-            if seq_id in running:
-                running[seq_id].logprobs.append(entry)
+        for seq_id in result.prompt_logprobs.keys() & running.keys():
+            running[seq_id].prompt_logprobs.update(result.prompt_logprobs[seq_id])
+        for seq_id in result.logprobs.keys() & running.keys():
+            running[seq_id].logprobs.append(result.logprobs[seq_id])
         for seq_id, token_id in zip(plan.seq_ids, result.token_ids, strict=True):
             if token_id < 0 or (seq := running.get(seq_id)) is None:
                 continue  # part of a prompt, or aborted meanwhile
@@ -227,14 +224,8 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence, needy: Sequence, why: str) -> None:
         """Take the blocks of `seq`; it waits, and computes its tokens anew when it is back."""
-        self._record(
-            Kind.PREEMPTED,
-            seq,
-            why,
-            by=needy.seq_id,
-            blocks=len(seq.block_table),
-            computed_tokens=seq.num_computed_tokens,
-        )
+        lost = {"blocks": len(seq.block_table), "computed_tokens": seq.num_computed_tokens}
+        self._record(Kind.PREEMPTED, seq, why, by=needy.seq_id, **lost)
         self._stop_running(seq)
         seq.status, seq.num_computed_tokens = Status.WAITING, 0
         seq.num_preemptions += 1

@@ -124,15 +124,10 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.rope = Rope(
-            config.head_dim,
-            config.rope_theta,
-            config.rope_scaling,
-            max_positions,
-            config.max_position_embeddings,
-            dtype=torch.get_default_dtype(),
-            device=self.lm_head.weight.device,
-        )
+        rope = config.head_dim, config.rope_theta, config.rope_scaling
+        lengths = max_positions, config.max_position_embeddings
+        device = self.lm_head.weight.device
+        self.rope = Rope(*rope, *lengths, dtype=torch.get_default_dtype(), device=device)
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, H] after the last norm; `attend` stores and reads the KV cache."""

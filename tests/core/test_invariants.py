@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm.core.plan import StepPlan
-from nanovllm.core.policy import POLICIES, Policy
+from nanovllm.core.policy import POLICIES, Policy, make_policy
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
         chunking: bool,
         newest_first: bool,
     ) -> None:
-        chosen: Policy = POLICIES[policy]()
+        chosen: Policy = make_policy(policy)
         if newest_first:  # the worst order for chains of blocks: heads before tails
             chosen.evict = lambda idle: next(reversed(list(idle)))
         self.rig = Rig(

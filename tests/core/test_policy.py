@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanovllm.core.policy import POLICIES, Decision, Fcfs, Policy, Priority, StepView, make_policy
+from nanovllm.core.policies import Priority
+from nanovllm.core.policy import POLICIES, Decision, Policy, StepView, make_policy
 from nanovllm.core.sequence import Sequence
 from nanovllm.errors import ConfigError
 from nanovllm.sampling_params import SamplingParams
@@ -25,7 +26,7 @@ def view(num_available_blocks: int = 10, num_decodes: int = 0, num_prefills: int
 
 
 def test_make_policy_finds_what_is_registered():
-    assert type(make_policy("fcfs")) is Fcfs
+    assert type(make_policy("fcfs")) is Policy
     assert type(make_policy("priority")) is Priority
     assert list(POLICIES) == ["fcfs", "priority"]
 
@@ -39,7 +40,7 @@ def test_an_unknown_policy_is_a_config_error_that_names_the_known():
 
 def test_fcfs_orders_by_arrival_and_priority_by_value_first():
     first, second = seq(0, arrival_s=1.0, priority=5), seq(1, arrival_s=2.0, priority=-1)
-    assert Fcfs().key(first, 9.0) < Fcfs().key(second, 9.0)
+    assert Policy().key(first, 9.0) < Policy().key(second, 9.0)
     assert Priority().key(second, 9.0) < Priority().key(first, 9.0)
     assert Priority().key(seq(2, 1.0, 5), 9.0) == Priority().key(first, 9.0)
 
@@ -64,12 +65,12 @@ def test_the_budget_is_whole_for_both_and_decodes_come_first():
 
 def test_fcfs_preempts_the_last_to_come_also_if_it_is_the_needy():
     running = [seq(0, 2.0), seq(1, 3.0), seq(2, 1.0), seq(3, 3.0)]
-    assert Fcfs().victim(running, running[0]) == Decision(running[3], "came last")
-    assert Fcfs().victim(running, running[3]) == Decision(running[3], "came last")
+    assert Policy().victim(running, running[0]) == Decision(running[3], "came last")
+    assert Policy().victim(running, running[3]) == Decision(running[3], "came last")
 
 
 def test_fcfs_preempts_nobody_for_an_arrival():
-    assert Fcfs().victim([seq(0)], seq(1)) == Decision(None, "arrivals preempt nobody")
+    assert Policy().victim([seq(0)], seq(1)) == Decision(None, "arrivals preempt nobody")
 
 
 def test_priority_preempts_the_highest_value_and_of_these_the_last_to_come():

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from nanovllm.core.plan import NewSequence, StepPlan, StepResult, TokenLogprobs
-from nanovllm.core.policy import Decision, Policy, Priority, StepView
+from nanovllm.core.policies import Priority
+from nanovllm.core.policy import Decision, Policy, StepView
 from nanovllm.core.sequence import Status
 from nanovllm.core.views import SequenceView
 from nanovllm.sampling_params import SamplingParams

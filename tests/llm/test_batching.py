@@ -12,7 +12,7 @@ from tests.llm.helpers import assert_idle, greedy, make_ids, tokens_of, watch
 
 
 def submit(llm: LLM, prompt: list[int], params: SamplingParams, priority: int = 0) -> Request:
-    return llm.engine.submit(llm.engine.prepare(prompt, params), priority=priority)
+    return llm.engine.submit(llm.engine.prepare(prompt, params, priority))
 
 
 def run(llm: LLM, max_steps: int = 1000) -> None:
