@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk with a model",
     "pull": "fetch a model, or see that it is there and can be read",
+    "bench": "measure throughput, latency or the time to start",
 }
 
 
