@@ -64,26 +64,29 @@ def truncate(logits_RV: Tensor, params: list[SamplingParams]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_RV.device)[:, None]
 
-    vocab_size = logits_RV.shape[1]
-    scaled_RV = logits_RV.double() / column([p.temperature for p in params])
-    floor = scaled_RV.amax(-1, keepdim=True) + column([p.min_p for p in params]).log()
-    scaled_RV = scaled_RV.masked_fill(scaled_RV < floor, -torch.inf)
+    temperature = column([p.temperature for p in params])
+    if any(p.min_p for p in params):
+        least = temperature * column([p.min_p for p in params]).log()  # below the likeliest
+        too_low = logits_RV < logits_RV.amax(-1, keepdim=True) + least
+        logits_RV = logits_RV.masked_fill(too_low, -torch.inf)
     if any(p.top_k > 0 or p.top_p < 1 for p in params):
-        top_k = column([p.top_k if p.top_k > 0 else vocab_size for p in params])
-        top_k = top_k.clamp(max=vocab_size)
-        floor = smallest_kept(scaled_RV, top_k, column([p.top_p for p in params]))
-    return logits_RV.masked_fill((scaled_RV < floor) | scaled_RV.isneginf(), -torch.inf)
+        vocab_size = logits_RV.shape[1]
+        top_k = column([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params])
+        top_p = column([p.top_p for p in params])
+        floor = smallest_kept(logits_RV, temperature, top_k, top_p)
+        logits_RV = logits_RV.masked_fill(logits_RV < floor, -torch.inf)
+    return logits_RV
 
 
-def smallest_kept(logits_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def smallest_kept(logits_RV: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The smallest logit [R, 1] among the top_k likeliest [R, 1] that are needed to reach
     probability top_p [R, 1] of theirs; the likeliest token is always kept."""
     vocab_size = logits_RV.shape[1]
-    total = logits_RV.logsumexp(-1, keepdim=True)
+    total = (logits_RV / temperature).logsumexp(-1, keepdim=True)
     for size in (256, 4096, vocab_size):
         top = logits_RV.topk(min(size, vocab_size)).values
         rank = torch.arange(top.shape[1], device=top.device)
-        inside = top.masked_fill(rank >= top_k, -torch.inf)
+        inside = (top / temperature).masked_fill(rank >= top_k, -torch.inf)
         whole = torch.where(top_k < vocab_size, inside.logsumexp(-1, keepdim=True), total)
         reached = (inside - whole).exp().cumsum(-1)
         complete = (top_k <= size) | ((top_k == vocab_size) & (reached[:, -1:] >= top_p))

@@ -57,8 +57,8 @@ def sample(logits_RV: Tensor, rows: list[tuple[NewSequence, Array]]) -> Samples:
 
 def draw(logits_RV: Tensor, temperatures: list[float], numbers: list[float]) -> list[int]:
     """A token for each row: the first whose cumulative probability exceeds the row's number."""
-    temperature_R1, number_R1 = logits_RV.new_tensor([temperatures, numbers]).double()[..., None]
-    cumulative_RV = (logits_RV / temperature_R1).softmax(-1).cumsum(-1)
+    temperature_R1, number_R1 = logits_RV.new_tensor([temperatures, numbers])[..., None]
+    cumulative_RV = (logits_RV / temperature_R1).softmax(-1).cumsum(-1, dtype=torch.float64)
     targets_R1 = number_R1 * cumulative_RV[:, -1:]
     return torch.searchsorted(cumulative_RV, targets_R1, right=True)[:, 0].tolist()
 
