@@ -42,11 +42,11 @@ def attend(q_TND: Tensor, cache: KVCache, table: Tensor, length: int, window: in
     k_KLD, v_KLD = (
         part[table[:num_blocks]].transpose(0, 1).flatten(1, 2)[:, :length] for part in cache
     )
-    mask = None
-    if num_queries > 1 or window is not None:
+    mask, whole = None, num_queries == length and window is None
+    if not whole and (num_queries > 1 or window is not None):
         query = torch.arange(length - num_queries, length, device=table.device)[:, None]
         key = torch.arange(length, device=table.device)
         mask = (key <= query) & (key > query - (window or length))
     return F.scaled_dot_product_attention(
-        q_TND.transpose(0, 1)[None], k_KLD[None], v_KLD[None], mask, enable_gqa=True
+        q_TND.transpose(0, 1)[None], k_KLD[None], v_KLD[None], mask, 0.0, whole, enable_gqa=True
     )[0].transpose(0, 1)
