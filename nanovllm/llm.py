@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
+from pathlib import Path
 from typing import Any, Self, cast
 
 from tqdm import tqdm
@@ -60,7 +61,7 @@ class LLM:
         ConfigError, ModelLoadError, MissingDependencyError: see `build`.
     """
 
-    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+    def __init__(self, model: str | Path = DEFAULT_MODEL, **settings: Any) -> None:
         self.config = EngineConfig.make(model=str(model), **settings)
         self._engine: TextEngine | None = build(self.config)
 
@@ -157,10 +158,9 @@ class LLM:
         self, prompts: list[Prompt], params: Params, priority: Items[int] | None
     ) -> list[Request]:
         """Check all prompts, then queue all."""
-        each = spread(
-            "sampling_params", SamplingParams() if params is None else params, len(prompts)
-        )
-        priorities = spread("priority", 0 if priority is None else priority, len(prompts))
+        count, params = len(prompts), SamplingParams() if params is None else params
+        each = spread("sampling_params", params, count)
+        priorities = spread("priority", 0 if priority is None else priority, count)
         engine, parts = self.engine, zip(prompts, each, priorities, strict=True)
         return [engine.submit(request) for request in [engine.prepare(*part) for part in parts]]
 

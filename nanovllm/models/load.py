@@ -47,12 +47,8 @@ def load_model(
         fill_randomly(model, seed)
     else:
         fill(model, tensors, path)
-    bf16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-    if (
-        bf16_on_cpu
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and dtype == torch.bfloat16 and onednn:
         for module in model.modules():
             if isinstance(module, Linear):
                 module.pack()
