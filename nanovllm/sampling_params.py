@@ -34,7 +34,7 @@ class SamplingParams:
         logit_bias: token id -> added to its logit, clipped to [-100, 100].
         allowed_token_ids: nothing else is sampled. bad_words: these are never completed.
         bad_words_token_ids: bad_words as token ids; the engine fills it in.
-        detokenize, skip_special_tokens, spaces_between_special_tokens: how text is made.
+        detokenize: False makes no text. skip_special_tokens: leave them out of it.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -62,7 +62,6 @@ class SamplingParams:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     detokenize: bool = True
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ FLAGS = (
     "ignore_eos",
     "detokenize",
     "skip_special_tokens",
-    "spaces_between_special_tokens",
     "include_stop_str_in_output",
 )
 INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")

@@ -1,9 +1,9 @@
 """Policy: the hooks through which a scheduling idea enters.
 
 `Policy` itself is "fcfs": first come, first served. Subclass it, override what the idea is about,
-register it in `POLICIES` (the built-in ones are in core/policies.py). Hooks see read-only
-views and the engine's clock; they return what they decide and why. They cannot know how long an
-output will be, and they touch nothing.
+register it in `POLICIES` (the built-in ones are in core/policies.py). Hooks see read-only views and
+the engine's clock, never how long an output will be, and touch nothing. Those that return a
+Decision say why; the reasons of `admit` and `victim` go into the event log.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Decision(NamedTuple, Generic[T]):
-    """What a hook decided, and the reason that goes into the event log."""
+    """What a hook decided, and why."""
 
     value: T
     reason: str
