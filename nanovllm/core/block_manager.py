@@ -6,7 +6,7 @@ time each block is in exactly one of three places:
           allocate                        release, unhashed
     free ──────────────▶ referenced ──────────────────────▶ free
      ▲                    ▲      │ release, hashed
-     │ evict              │ share▼
+     │ evict              │ hit  ▼
      └───────────────── cached-idle   (content kept for whoever comes with the same prefix)
 
 A full block is hashed together with everything before it: hash = H(hash of the block before it,
