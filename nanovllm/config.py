@@ -34,11 +34,13 @@ class EngineConfig:
         skip_tokenizer_init: prompts are token ids and no text is made.
         load_format: "auto" sees what is there; "dummy" needs a config.json only and makes small
             random weights.
-        attention_backend: "auto", "cpu" (Numba, reads blocks in place) or "reference" (plain
-            torch, any device).
+        attention_backend: "auto", "native" (C++ for bfloat16 on CPUs with AVX-512), "cpu" (oneDNN and
+            Numba) or "reference" (plain torch, any device); the other operations come with it.
         enforce_eager: no CUDA graphs.
         tensor_parallel_size: devices that share the model; more than 1 is yet to come.
-        quantization: of the weights at load; None is the only kind yet.
+        quantization: of the weights at load: "int8" (a scale for each row, activations too), "int4"
+            (groups of 32; the head in 8 bits) or "gguf" (a GGUF's own blocks, as they are).
+        num_threads: CPU threads; None is as many as there are cores for this process.
 
     Raises:
         ConfigError: a value is impossible; see `make` for unknown names.
@@ -61,10 +63,11 @@ class EngineConfig:
     scheduling_policy: str = one_of(*POLICIES)
     seed: int = ranged(0, 0, 2**62)
     load_format: str = one_of("auto", "safetensors", "gguf", "dummy")
-    attention_backend: str = one_of("auto", "cpu", "reference")
+    attention_backend: str = one_of("auto", "native", "cpu", "reference")
     enforce_eager: bool = False
     tensor_parallel_size: int = one_of(1)
-    quantization: str | None = one_of(None)
+    quantization: str | None = one_of(None, "int8", "int4", "gguf")
+    num_threads: int | None = ranged(None, 1, 1024)
 
     @classmethod
     def make(cls, **settings: object) -> "EngineConfig":

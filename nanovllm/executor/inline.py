@@ -7,7 +7,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.errors import ConfigError, EngineDeadError
-from nanovllm.kernels import attention_backend
+from nanovllm.kernels import choose_backend
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.load import load_model
 from nanovllm.worker.inputs import SequenceTable
@@ -29,10 +29,12 @@ class InlineExecutor:
         assert config.max_model_len and config.max_num_seqs
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, model_config.dtype, device)
-        backend = attention_backend(config.attention_backend, device, dtype)
+        shape = model_config.head_dim, config.block_size
+        backend = choose_backend(config.attention_backend, device, dtype, *shape)
         model = load_model(
-            path, model_config, dtype=dtype, device=device, load_format=config.load_format,
-            max_positions=config.max_model_len, seed=config.seed,
+            path, model_config, backend, dtype=dtype, device=device, seed=config.seed,
+            load_format=config.load_format, max_positions=config.max_model_len,
+            quantization=config.quantization,
         )  # fmt: skip
         like = torch.empty(0, dtype=dtype, device=device)
         self.num_blocks = num_kv_blocks(config, model_config, like)

@@ -1,20 +1,26 @@
-"""Attention over a paged KV cache, behind one interface; each kernel is imported when named.
+"""What a model is computed with, behind one interface; each backend is imported when named.
 
-Shapes: B sequences, T tokens of the batch, N query heads, K key-value heads, D head dimension.
+Shapes: B sequences, T tokens of the batch, N query heads, K key-value heads, D head dimension,
+H hidden size, F feed-forward size.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nanovllm.errors import MissingDependencyError
+from nanovllm.errors import ConfigError, MissingDependencyError
+from nanovllm.kernels.quantized import Groups
+
+Angles = tuple[Tensor, Tensor]  # cos and sin of each token's position: [T, D], halves alike
+Product = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
 
 
 class KVCache(NamedTuple):
     """Keys and values of one layer, [blocks, K, block_size, D] each: what one head of one block
-    holds lies together, and is what the loop over a context reads."""
+    holds lies together. How it is arranged in there is the backend's own affair."""
 
     k: Tensor
     v: Tensor
@@ -36,30 +42,72 @@ class AttentionBatch(NamedTuple):
     slots: Tensor
 
 
-class Attention(Protocol):
-    """Attention planned for one batch, to be run in each layer."""
+class Ops(Protocol):
+    """What happens in a model between its products, planned for one batch."""
 
-    def __call__(
-        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: KVCache, window: int | None
+    def attend(
+        self,
+        layer: int,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        angles: Angles,
+        window: int | None,
     ) -> Tensor:
-        """Store k and v, then attend to all that the cache holds of each sequence, causally
-        (and to no more than `window` positions back, itself included). Returns [T, N, D]."""
+        """Turn q and k by the angles, store k and v, then attend to all that the layer's cache
+        holds of each sequence, causally (and to no more than `window` positions back, itself
+        included). Returns [T, N, D]."""  # fmt: skip
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) · weight, over the last dimension, computed in float32."""
+
+    def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add x to the residual stream, in place, and return the norm of that."""
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        """silu(gate) · up, the halves of the input: [T, F]."""
 
 
-class AttentionBackend(Protocol):
-    """A module of kernels: `plan` works out once a step what every layer needs."""
+class Backend(Protocol):
+    """Kernels that belong together."""
 
-    def plan(self, batch: AttentionBatch, block_size: int, device: torch.device) -> Attention: ...
+    def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> Ops:
+        """Work out once a step what every layer needs. caches: one for each layer."""
+
+    def pack(
+        self,
+        weight: Tensor | Groups,
+        bias: Tensor | None,
+        quantization: str | None,
+        dtype: torch.dtype,
+        result: torch.dtype,
+    ) -> Product:
+        """The product with a weight [out, in], brought once into the order it is read in.
+
+        Args:
+            quantization: "int8" or "int4" rounds the weight. dtype: of x. result: of the product.
+        """  # fmt: skip
 
 
-def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> Backend:
     """The backend called `name`; "auto" is the fastest one that works here.
 
     Raises:
-        MissingDependencyError: the backend named needs a package that is not installed.
+        ConfigError: the one named cannot do this dtype, head or block size, or not on this machine.
+        MissingDependencyError: the one named needs a package that is not installed.
     """
-    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if name == "cpu" or (name == "auto" and fits):
+    on_cpu = device.type == "cpu"
+    if name == "native" or (name == "auto" and on_cpu and dtype == torch.bfloat16):
+        from nanovllm.kernels import native
+
+        reason = native.obstacle(device, dtype, head_dim, block_size)
+        if not reason:
+            return native.Native()
+        if name == "native":
+            raise ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
+    if name == "cpu" or (name == "auto" and on_cpu and dtype in (torch.float32, torch.bfloat16)):
         try:
             return import_module("nanovllm.kernels.cpu")
         except ImportError as error:

@@ -1,10 +1,11 @@
-"""Attention for CPUs: decodes read the paged blocks in place, in Numba, parallel over sequences
-and heads; prompts go through the reference, whose matrix products suit them.
+"""For any CPU: oneDNN's products, and attention in which decodes read the paged blocks in place, in
+Numba, parallel over sequences and heads. All else is the reference's.
 
 bfloat16 is unknown to NumPy and Numba: its bits travel as uint16, and become a float32 by moving
 them to the upper half of its 32 bits.
 """
 
+from functools import partial
 from typing import Any
 
 import numba
@@ -14,27 +15,29 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from nanovllm.kernels import AttentionBatch, KVCache
-from nanovllm.kernels.reference import ReferenceAttention
+from nanovllm.kernels import AttentionBatch, KVCache, Product, reference
+from nanovllm.kernels.quantized import Groups, rounded
+from nanovllm.kernels.reference import ReferenceOps
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # omp shares torch's cores
 
 
-class CpuAttention(ReferenceAttention):
-    """One batch's attention: sequences with one query in place, the others as the reference."""
+class CpuOps(ReferenceOps):
+    """One batch's operations: sequences with one query attend in place, the rest is the
+    reference's."""
 
-    def __init__(self, batch: AttentionBatch, block_size: int, device: torch.device) -> None:
-        super().__init__(batch, block_size, device)
+    def __init__(self, batch: AttentionBatch, caches: list[KVCache]) -> None:
+        super().__init__(batch, caches)
         single = batch.query_starts.diff() == 1
-        self.sequences = (~single).nonzero().flatten().tolist()
+        self.prompts = (~single).nonzero().flatten().tolist()
         self.tokens = batch.query_starts[:-1][single]  # where in T each single query is
         self.decode_tables = batch.block_tables[single].numpy()
         self.decode_lengths = batch.context_lens[single].numpy()
 
-    def __call__(
-        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: KVCache, window: int | None
-    ) -> Tensor:
-        out_TND = super().__call__(q_TND, k_TKD, v_TKD, cache, window)
+    def attend_stored(self, q_TND: Tensor, cache: KVCache, window: int | None) -> Tensor:
+        out_TND = torch.empty_like(q_TND)
+        for b in self.prompts:
+            self.attend_one(b, q_TND, cache, window, out_TND)
         if len(self.tokens):
             q_BND = q_TND[self.tokens].float()
             out_BND, bf16 = torch.empty_like(q_BND), cache.k.dtype == torch.bfloat16
@@ -45,7 +48,28 @@ class CpuAttention(ReferenceAttention):
         return out_TND
 
 
-plan = CpuAttention
+plan = CpuOps
+
+
+def pack(
+    weight: Tensor | Groups,
+    bias: Tensor | None,
+    quantization: str | None,
+    dtype: torch.dtype,
+    result: torch.dtype,
+) -> Product:
+    """As the reference's; a bfloat16 weight is put into the order in which oneDNN reads it, once
+    instead of in each product: up to twice as fast for few rows."""
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype != torch.bfloat16 or not onednn:
+        return reference.pack(weight, bias, quantization, dtype, result)
+    packed = torch.ops.mkldnn._reorder_linear_weight(rounded(weight, quantization, dtype))
+    return partial(multiply_packed, weight=packed, bias=bias, result=result)
+
+
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y.to(result)
 
 
 @intrinsic

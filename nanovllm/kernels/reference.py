@@ -1,39 +1,86 @@
-"""Attention in plain torch, for any device: gathers each sequence's blocks, then calls SDPA.
+"""All operations in plain torch, for any device: what the other kernels are tested against."""
 
-The other kernels are tested against this one.
-"""
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels import AttentionBatch, KVCache
+from nanovllm.kernels import Angles, AttentionBatch, KVCache, Product
+from nanovllm.kernels.quantized import Groups, rounded
 
 
-class ReferenceAttention:
-    """One batch's attention (see kernels.Attention), sequence by sequence."""
+class ReferenceOps:
+    """One batch's operations (see kernels.Ops); attention gathers each sequence's blocks."""
 
-    def __init__(self, batch: AttentionBatch, block_size: int, device: torch.device) -> None:
+    def __init__(self, batch: AttentionBatch, caches: list[KVCache]) -> None:
+        self.caches, device, block_size = caches, caches[0].k.device, caches[0].k.shape[2]
         stored = (batch.slots >= 0).nonzero().squeeze(1)
         blocks, offsets = batch.slots[stored] // block_size, batch.slots[stored] % block_size
         self.stored, self.blocks, self.offsets = (t.to(device) for t in (stored, blocks, offsets))
         self.tables, self.lengths = batch.block_tables.to(device), batch.context_lens.tolist()
         self.starts = batch.query_starts.tolist()
-        self.sequences = list(range(len(self.lengths)))  # those attended to here
 
-    def __call__(
-        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cache: KVCache, window: int | None
-    ) -> Tensor:
+    def attend(
+        self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        cache = self.caches[layer]
+        q_TND, k_TKD = rotate(q_TND, angles), rotate(k_TKD, angles)
         cache.k[self.blocks, :, self.offsets] = k_TKD[self.stored]
         cache.v[self.blocks, :, self.offsets] = v_TKD[self.stored]
+        return self.attend_stored(q_TND, cache, window)
+
+    def attend_stored(self, q_TND: Tensor, cache: KVCache, window: int | None) -> Tensor:
+        """Attention of the turned queries, when all keys and values are in the cache."""
         out_TND = torch.empty_like(q_TND)
-        for b in self.sequences:
-            rows = slice(self.starts[b], self.starts[b + 1])
-            out_TND[rows] = attend(q_TND[rows], cache, self.tables[b], self.lengths[b], window)
+        for b in range(len(self.lengths)):
+            self.attend_one(b, q_TND, cache, window, out_TND)
         return out_TND
 
+    def attend_one(
+        self, b: int, q_TND: Tensor, cache: KVCache, window: int | None, out_TND: Tensor
+    ) -> None:
+        """Attention of one sequence, into its rows of `out`."""
+        rows = slice(self.starts[b], self.starts[b + 1])
+        out_TND[rows] = attend(q_TND[rows], cache, self.tables[b], self.lengths[b], window)
 
-plan = ReferenceAttention
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.norm(residual_TH.add_(x_TH), weight, eps)
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+
+
+plan = ReferenceOps
+
+
+def pack(
+    weight: Tensor | Groups,
+    bias: Tensor | None,
+    quantization: str | None,
+    dtype: torch.dtype,
+    result: torch.dtype,
+) -> Product:
+    """The weight's rounded values, multiplied as any others are."""
+    dense = rounded(weight, quantization, dtype)
+    return partial(multiply, weight=dense, bias=bias, result=result)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
+    return F.linear(x, weight, bias).to(result)
+
+
+def rotate(x_TND: Tensor, angles: Angles) -> Tensor:
+    """Queries or keys [T, heads, D]: pairs (x[i], x[i + D/2]), turned by their token's angles."""
+    cos_T1D, sin_T1D = (part.unsqueeze(1) for part in angles)
+    half = x_TND.shape[-1] // 2
+    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
+    return x_TND * cos_T1D + turned * sin_T1D
 
 
 def attend(q_TND: Tensor, cache: KVCache, table: Tensor, length: int, window: int | None) -> Tensor:

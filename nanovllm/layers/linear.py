@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanovllm.kernels import Product
+
 
 class Embedding(nn.Module):
     """A vector for each token id: weight [V, H]."""
@@ -19,24 +21,20 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, with W [out_features, in_features], or packed for oneDNN (`pack`)."""
+    """y = x Wᵀ + b, with W [out_features, in_features].
+
+    Attributes:
+        product: does the same once a backend has packed W; W is given up then.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.is_mkldnn:
-            ops = torch.ops.mkldnn
-            return ops._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Bring W into the order in which oneDNN reads it, once instead of in each product: up to
-        twice as fast for few rows."""
-        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        return self.product(x) if self.product else F.linear(x, self.weight, self.bias)
 
 
 class MergedLinear(Linear):
@@ -49,9 +47,6 @@ class MergedLinear(Linear):
     def __init__(self, in_features: int, parts: Mapping[str, int], *, bias: bool = False) -> None:
         super().__init__(in_features, sum(parts.values()), bias=bias)
         self.parts = dict(parts)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return super().forward(x).split(list(self.parts.values()), dim=-1)
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Where each tensor of the checkpoint goes, named relative to the parent module."""

@@ -2,21 +2,21 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from nanovllm.kernels import Ops
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension, computed in float32."""
+    """See kernels.Ops.norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return ops.norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream with x added to it: (its norm, itself)."""
-        residual = residual + x
-        return self(residual), residual
+    def add(self, x_TH: Tensor, residual_TH: Tensor, ops: Ops) -> Tensor:
+        """Add x to the residual stream, in place; its norm."""
+        return ops.add_norm(x_TH, residual_TH, self.weight, self.eps)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import Angles
+
 
 class Rope:
     """Turns pairs (x[i], x[i + D/2]) of each head by an angle that grows with the position.
@@ -39,9 +41,9 @@ class Rope:
         self.cos_PD = (angles_PD.cos() * factor).to(device, dtype)
         self.sin_PD = (angles_PD.sin() * factor).to(device, dtype)
 
-    def select(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for the tokens of a batch, [T, 1, D] each."""
-        return self.cos_PD[positions_T].unsqueeze(1), self.sin_PD[positions_T].unsqueeze(1)
+    def select(self, positions_T: Tensor) -> Angles:
+        """(cos, sin) for the tokens of a batch, [T, D] each."""
+        return self.cos_PD[positions_T], self.sin_PD[positions_T]
 
 
 def rope_frequencies(theta: float | Tensor, head_dim: int, factor: float = 1) -> Tensor:
@@ -49,10 +51,3 @@ def rope_frequencies(theta: float | Tensor, head_dim: int, factor: float = 1) ->
     thetas [P, 1], [P, D/2]. The first pair turns fastest; `factor` slows all of them."""
     periods: Tensor = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     return 1 / (factor * periods)
-
-
-def rotate(x_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Queries or keys [T, heads, D], turned."""
-    half = x_TND.shape[-1] // 2
-    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
-    return x_TND * cos_T1D + turned * sin_T1D

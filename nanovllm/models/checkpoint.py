@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.kernels import Groups
 from nanovllm.models.config import ModelConfig, read_json
 
 
@@ -37,13 +38,16 @@ def read_config(path: Path) -> ModelConfig:
     return ModelConfig.from_folder(path)
 
 
-def open_tensors(path: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
+def open_tensors(
+    path: Path, load_format: str, keep_groups: bool = False
+) -> Iterator[tuple[str, Tensor | Groups]]:
     """(name, tensor) of each tensor at `path`, named as Hugging Face's checkpoints name them.
 
     All files are opened and their headers checked before the first tensor is read.
 
     Args:
-        load_format: "auto" takes what is there.
+        load_format: "auto" takes what is there. keep_groups: leave the quantized blocks of a GGUF
+            file as they are, where they are of a kind that Groups can hold.
 
     Raises:
         ModelLoadError: no weights, a damaged file, a missing shard, or pickle weights.
@@ -55,7 +59,9 @@ def open_tensors(path: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
             raise ModelLoadError(f"{path}: holds {len(ggufs)} .gguf files; name one as the model")
         from nanovllm.models.gguf import gguf_tensors
 
-        return gguf_tensors(ggufs[0])
+        return gguf_tensors(ggufs[0], keep_groups)
+    if keep_groups:
+        raise ModelLoadError(f"{path}: quantization='gguf' needs a .gguf file as the model")
     opened = []
     for file in weight_files(path):
         try:

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nanovllm.cache import cache_root
 from nanovllm.errors import ModelLoadError
 
 BUILT_IN = "smollm2-135m"
@@ -40,13 +41,6 @@ def fetch(model: str) -> Path:
             "a model of the hub is named owner/name or owner/name:file.gguf"
         )
     return fetch_from_hub(found["repo"], found["file"])
-
-
-def cache_root() -> Path:
-    """NANOVLLM_CACHE, or nanovllm in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("NANOVLLM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanovllm"
 
 
 def fetch_built_in() -> Path:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovllm.errors import MissingDependencyError, ModelLoadError
+from nanovllm.kernels import Groups
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.gguf_file import GGUFFile, TensorInfo, open_gguf
 from nanovllm.models.gguf_tokenizer import build_tokenizer
 
+GROUP_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # of 32 weights
 # general.architecture -> (model_type, architecture)
 FAMILIES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -65,8 +67,11 @@ def gguf_config(path: Path) -> ModelConfig:
     return ModelConfig.from_hf(hf_config(file), generation_config(file))
 
 
-def gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(path: Path, keep_groups: bool = False) -> Iterator[tuple[str, Tensor | Groups]]:
     """(name, tensor) of each tensor, dequantized, with Hugging Face's names and layout.
+
+    Args:
+        keep_groups: leave matrices in Q4_0, Q4_1 and Q8_0 as they are.
 
     The header is checked before the first tensor is read.
 
@@ -79,12 +84,12 @@ def gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     architecture = file.require("general.architecture", str)
     heads = head_counts(file) if architecture == "llama" else {}
     places = {name: hf_name(file, name) for name in file.tensors if name != ROPE_FACTORS}
-    return read_tensors(file, places, heads)
+    return read_tensors(file, places, heads, keep_groups)
 
 
 def read_tensors(
-    file: GGUFFile, places: dict[str, str], heads: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
+    file: GGUFFile, places: dict[str, str], heads: dict[str, int], keep_groups: bool
+) -> Iterator[tuple[str, Tensor | Groups]]:
     """Read, dequantize and rearrange one tensor after the other."""
     for name, place in places.items():
         info, raw = file.tensors[name], file.raw(file.tensors[name])
@@ -92,8 +97,17 @@ def read_tensors(
             for expert, part in enumerate(raw):
                 yield place.format(expert=expert), dequantize(part, info)
             continue
-        tensor = dequantize(raw, info)
         part = name.split(".")[-2]
+        if keep_groups and info.kind in GROUP_BYTES and raw.ndim == 2:
+            groups = read_groups(raw, info.kind)
+            if part in heads:
+                q, scale, minimum = (
+                    unpermute(file.path, name, rows, heads[part]) for rows in groups[:3]
+                )
+                groups = Groups(q, scale, minimum, groups.bits)
+            yield place, groups
+            continue
+        tensor = dequantize(raw, info)
         yield place, unpermute(file.path, name, tensor, heads[part]) if part in heads else tensor
 
 
@@ -104,6 +118,24 @@ def dequantize(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
     return torch.from_numpy(quants.dequantize(raw, GGMLQuantizationType[info.kind]))
+
+
+def read_groups(raw: NDArray[np.uint8], kind: str) -> Groups:
+    """The numbers of quantized blocks, each 32 weights: [rows, bytes of a row] -> Groups.
+
+    Q4_0: scale, 16 bytes; weight = scale · (q - 8). Q4_1: scale, minimum, 16 bytes. Q8_0: scale, 32
+    signed bytes. Byte j of 16 holds weight j in its low half and j + 16 in its high half.
+    """
+    blocks = torch.from_numpy(raw.copy()).unflatten(1, (-1, GROUP_BYTES[kind]))
+    scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    if kind == "Q8_0":
+        q = blocks[..., 2:] ^ 128  # from -128 up, as unsigned
+        return Groups(q.flatten(1), scale, scale * -128, 8)
+    halves = blocks[..., -16:]
+    q = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
+    if kind == "Q4_0":
+        return Groups(q, scale, scale * -8, 4)
+    return Groups(q, scale, blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], 4)
 
 
 def unpermute(path: Path, name: str, tensor: Tensor, heads: int) -> Tensor:

@@ -3,21 +3,14 @@
 tokens ─▶ embedding ─▶ [ norm ─▶ attention ─▶ + ─▶ norm ─▶ MLP ─▶ + ] × layers ─▶ norm ─▶ head
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from nanovllm.kernels import Angles, Ops
 from nanovllm.layers.linear import Embedding, Linear, MergedLinear
 from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rope import Rope, rotate
+from nanovllm.layers.rope import Rope
 from nanovllm.models.config import ModelConfig
-
-# (layer, q [T, N, D], k [T, K, D], v [T, K, D], sliding window) -> attended values [T, N, D].
-# Stores k and v in the layer's cache first. The model runner provides it for each step.
-Attend = Callable[[int, Tensor, Tensor, Tensor, int | None], Tensor]
-Angles = tuple[Tensor, Tensor]
 
 
 class LlamaAttention(nn.Module):
@@ -29,6 +22,7 @@ class LlamaAttention(nn.Module):
         self.window = self.sliding_window(config, layer)
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
+        self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         sizes = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
         input_bias, output_bias = self.biases(config)
         self.qkv_proj = MergedLinear(config.hidden_size, sizes, bias=input_bias)
@@ -42,15 +36,16 @@ class LlamaAttention(nn.Module):
         """Positions that a token sees in this layer, itself included; None is all."""
         return None
 
-    def norm_heads(self, q_TND: Tensor, k_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    def norm_heads(self, q_TND: Tensor, k_TKD: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
         """For the families that normalise queries and keys before they are turned."""
         return q_TND, k_TKD
 
-    def forward(self, x_TH: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x_TH))
-        q, k = self.norm_heads(q, k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        return self.o_proj(attend(self.layer, q, k, v, self.window).flatten(1))
+    def forward(self, x_TH: Tensor, angles: Angles, ops: Ops) -> Tensor:
+        heads = self.qkv_proj(x_TH).view(len(x_TH), -1, self.head_dim)
+        q_TND, k_TKD, v_TKD = heads.split(self.heads, dim=1)
+        q_TND, k_TKD = self.norm_heads(q_TND, k_TKD, ops)
+        attended_TND = ops.attend(self.layer, q_TND, k_TKD, v_TKD, angles, self.window)
+        return self.o_proj(attended_TND.flatten(1))
 
 
 class LlamaMLP(nn.Module):
@@ -63,13 +58,12 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = MergedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
         self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TH)
-        return self.down_proj(F.silu(gate_TF) * up_TF)
+    def forward(self, x_TH: Tensor, ops: Ops) -> Tensor:
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x_TH)))
 
 
 class LlamaLayer(nn.Module):
-    """One block of the transformer; the residual stream is passed along beside x."""
+    """One block of the transformer; the residual stream beside x is added to in place."""
 
     attention_class: type[LlamaAttention] = LlamaAttention
 
@@ -83,13 +77,11 @@ class LlamaLayer(nn.Module):
     def make_mlp(self, config: ModelConfig, layer: int) -> nn.Module:
         return LlamaMLP(config)
 
-    def forward(
-        self, x_TH: Tensor, residual_TH: Tensor, angles: Angles, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        x_TH, residual_TH = self.input_layernorm.add(x_TH, residual_TH)
-        x_TH = self.self_attn(x_TH, angles, attend)
-        x_TH, residual_TH = self.post_attention_layernorm.add(x_TH, residual_TH)
-        return self.mlp(x_TH), residual_TH
+    def forward(self, x_TH: Tensor, residual_TH: Tensor, angles: Angles, ops: Ops) -> Tensor:
+        x_TH = self.input_layernorm.add(x_TH, residual_TH, ops)
+        x_TH = self.self_attn(x_TH, angles, ops)
+        x_TH = self.post_attention_layernorm.add(x_TH, residual_TH, ops)
+        return self.mlp(x_TH, ops)
 
 
 class LlamaModel(nn.Module):
@@ -101,12 +93,12 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids_T: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def forward(self, input_ids_T: Tensor, angles: Angles, ops: Ops) -> Tensor:
         x_TH = self.embed_tokens(input_ids_T)
         residual_TH = torch.zeros_like(x_TH)
         for layer in self.layers:
-            x_TH, residual_TH = layer(x_TH, residual_TH, angles, attend)
-        return self.norm.add(x_TH, residual_TH)[0]
+            x_TH = layer(x_TH, residual_TH, angles, ops)
+        return self.norm.add(x_TH, residual_TH, ops)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -129,9 +121,9 @@ class LlamaForCausalLM(nn.Module):
         device = self.lm_head.weight.device
         self.rope = Rope(*rope, *lengths, dtype=torch.get_default_dtype(), device=device)
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, H] after the last norm; `attend` stores and reads the KV cache."""
-        return self.model(input_ids_T, self.rope.select(positions_T), attend)
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ops: Ops) -> Tensor:
+        """Hidden states [T, H] after the last norm. ops: planned for these tokens."""
+        return self.model(input_ids_T, self.rope.select(positions_T), ops)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] of the rows that are sampled."""

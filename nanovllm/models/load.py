@@ -1,13 +1,16 @@
 """From a checkpoint to a model with its weights in place."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.layers.linear import Linear
+from nanovllm.kernels import Backend, Groups
+from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.models.checkpoint import open_tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
@@ -19,21 +22,24 @@ UNUSED = ("rotary_emb.inv_freq", "lm_head.weight")  # computed anew; tied to the
 def load_model(
     path: Path,
     config: ModelConfig,
+    backend: Backend,
     *,
     dtype: torch.dtype,
     device: torch.device,
     load_format: str,
     max_positions: int,
+    quantization: str | None = None,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """The model at `path` (see checkpoint.locate), on `device`.
+    """The model at `path` (see checkpoint.locate), on `device`, its products packed by `backend`.
 
     Raises:
         ModelLoadError: names the file or the tensor that is missing, damaged or of a wrong shape.
     """
     build = model_class(config.architecture)
     dummy = load_format == "dummy"
-    tensors = iter(()) if dummy else open_tensors(path, load_format)
+    keep_groups = quantization == "gguf"
+    tensors = iter(()) if dummy else open_tensors(path, load_format, keep_groups)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -41,49 +47,97 @@ def load_model(
             model = build(config, max_positions).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(default)
+
+    def pack(module: nn.Module, weight: Tensor | Groups) -> None:
+        if isinstance(module, Embedding) and config.tie_word_embeddings:
+            pack(model.lm_head, weight)
+        if isinstance(module, Linear):
+            result = torch.float32 if module is model.lm_head else dtype
+            module.product = backend.pack(weight, module.bias, quantization, dtype, result)
+            module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
     if dummy:
         from nanovllm.models.dummy import fill_randomly
 
         fill_randomly(model, seed)
-    else:
-        fill(model, tensors, path)
-    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if device.type == "cpu" and dtype == torch.bfloat16 and onednn:
         for module in model.modules():
-            if isinstance(module, Linear):
-                module.pack()
+            if isinstance(module, Embedding | Linear) and module.weight.numel():
+                pack(module, module.weight)
+    else:
+        fill(model, tensors, path, pack)
     return model
 
 
-def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """Copy each tensor of the checkpoint to its place; every place must be filled."""
+class Place(NamedTuple):
+    """Where a tensor of the checkpoint goes: a view of a parameter of a module."""
+
+    module: nn.Module
+    view: Tensor
+
+
+def fill(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor | Groups]],
+    path: Path,
+    done: Callable[[nn.Module, Tensor | Groups], None] = lambda module, weight: None,
+) -> None:
+    """Copy each tensor of the checkpoint to its place; every place must be filled.
+
+    Args:
+        done: called with each module as soon as it has all of its tensors, and its weight.
+    """
     places = destinations(model)
+    missing = Counter(place.module for place in places.values())
+    grouped: dict[nn.Module, list[tuple[Place, Groups]]] = {}
     for name, tensor in tensors:
         place = places.pop(name, None)
         if place is None and name.endswith(UNUSED):
             continue
         if place is None:
             raise ModelLoadError(f"{path}: tensor {name} has no place in this model (or is twice)")
-        if place.shape != tensor.shape:
-            shapes = f"is {list(tensor.shape)}, config.json says {list(place.shape)}"
+        if place.view.shape != tensor.shape:
+            shapes = f"is {list(tensor.shape)}, config.json says {list(place.view.shape)}"
             raise ModelLoadError(f"{path}: tensor {name} {shapes}")
-        place.copy_(tensor)
+        if isinstance(tensor, Groups):
+            grouped.setdefault(place.module, []).append((place, tensor))
+        else:
+            place.view.copy_(tensor)
+        missing[place.module] -= 1
+        if not missing[place.module]:
+            weight = join(place.module, grouped.pop(place.module, []))
+            if weight is not None:
+                done(place.module, weight)
     if places:
         names = sorted(places)
         raise ModelLoadError(f"{path}: {len(names)} tensors are missing, the first is {names[0]}")
 
 
-def destinations(model: nn.Module) -> dict[str, Tensor]:
-    """The place of each tensor: its name in the checkpoint -> a view of a parameter."""
-    places: dict[str, Tensor] = {}
+def join(module: nn.Module, parts: list[tuple[Place, Groups]]) -> Tensor | Groups | None:
+    """The weight of a module whose tensors are all there, as groups if all of it came so."""
+    weight = getattr(module, "weight", None)
+    parts.sort(key=lambda part: part[0].view.storage_offset())
+    groups, bits = [groups for _, groups in parts], {groups.bits for _, groups in parts}
+    if isinstance(module, Linear) and len(bits) == 1:
+        if sum(len(part.q) for part in groups) == module.weight.shape[0]:
+            q, scale, minimum = (torch.cat(part) for part in list(zip(*groups, strict=True))[:3])
+            return Groups(q, scale, minimum, bits.pop())
+    for place, part in parts:
+        place.view.copy_(part.dequantize())
+    return groups[0] if isinstance(module, Embedding) and groups else weight
+
+
+def destinations(model: nn.Module) -> dict[str, Place]:
+    """The place of each tensor, by its name in the checkpoint."""
+    places: dict[str, Place] = {}
     known: set[int] = set()
     for path, module in model.named_modules():
         if hasattr(module, "checkpoint_views"):
             parent = path.rpartition(".")[0]
-            places |= {f"{parent}.{name}": v for name, v in module.checkpoint_views().items()}
+            views = module.checkpoint_views()
+            places |= {f"{parent}.{name}": Place(module, view) for name, view in views.items()}
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in known:  # a tied head is filled with the embedding
                 known.add(id(parameter))
-                places[f"{path}.{name}"] = parameter.data
+                places[f"{path}.{name}"] = Place(module, parameter.data)
     return places

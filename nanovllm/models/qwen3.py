@@ -3,6 +3,7 @@ instead, and a head_dim of its own."""
 
 from torch import Tensor
 
+from nanovllm.kernels import Ops
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaAttention, LlamaForCausalLM, LlamaLayer
@@ -15,8 +16,8 @@ class Qwen3Attention(LlamaAttention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def norm_heads(self, q_TND: Tensor, k_TKD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(q_TND), self.k_norm(k_TKD)
+    def norm_heads(self, q_TND: Tensor, k_TKD: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q_TND, ops), self.k_norm(k_TKD, ops)
 
     def sliding_window(self, config: ModelConfig, layer: int) -> int | None:
         return layer_window(config, layer)

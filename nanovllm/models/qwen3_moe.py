@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.kernels import Ops
 from nanovllm.layers.linear import Linear
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
@@ -34,12 +35,12 @@ class Qwen3MoeMLP(nn.Module):
             num_experts(config), config.hidden_size, need(config, "moe_intermediate_size")
         )
 
-    def forward(self, x_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, ops: Ops) -> Tensor:
         weights_TE = self.gate(x_TH).softmax(dim=-1, dtype=torch.float32)
         weights_TX, chosen_TX = weights_TE.topk(self.num_chosen)
         if self.weights_sum_to_1:
             weights_TX = weights_TX / weights_TX.sum(dim=-1, keepdim=True)
-        return self.experts(x_TH, weights_TX.to(x_TH.dtype), chosen_TX)
+        return self.experts(x_TH, weights_TX.to(x_TH.dtype), chosen_TX, ops)
 
 
 class Experts(nn.Module):
@@ -50,12 +51,12 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, size))
 
-    def forward(self, x_TH: Tensor, weights_TX: Tensor, chosen_TX: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, weights_TX: Tensor, chosen_TX: Tensor, ops: Ops) -> Tensor:
         out_TH = torch.zeros_like(x_TH)
         for expert in chosen_TX.unique().tolist():
             tokens_S, rank_S = (chosen_TX == expert).nonzero(as_tuple=True)
-            gate_SF, up_SF = F.linear(x_TH[tokens_S], self.gate_up[expert]).chunk(2, dim=-1)
-            y_SH = F.linear(F.silu(gate_SF) * up_SF, self.down[expert])
+            gate_up_S2F = F.linear(x_TH[tokens_S], self.gate_up[expert])
+            y_SH = F.linear(ops.silu_mul(gate_up_S2F), self.down[expert])
             out_TH.index_add_(0, tokens_S, y_SH * weights_TX[tokens_S, rank_S, None])
         return out_TH
 

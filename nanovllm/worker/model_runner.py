@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.core.plan import StepPlan, StepResult
-from nanovllm.kernels import AttentionBackend, AttentionBatch, KVCache
+from nanovllm.kernels import AttentionBatch, Backend, KVCache
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.worker.inputs import SequenceTable, StepInputs
 from nanovllm.worker.sampler import sample
@@ -16,7 +16,7 @@ class ModelRunner:
     def __init__(
         self,
         model: LlamaForCausalLM,
-        backend: AttentionBackend,
+        backend: Backend,
         caches: list[KVCache],
         table: SequenceTable,
     ) -> None:
@@ -50,13 +50,9 @@ class ModelRunner:
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Hidden states [T, H] of all tokens of the step."""
-        attention = self.backend.plan(inputs.attention, self.table.block_size, self.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-            return attention(q, k, v, self.caches[layer], window)
-
+        ops = self.backend.plan(inputs.attention, self.caches)
         input_ids, positions = inputs.input_ids.to(self.device), inputs.positions.to(self.device)
-        return self.model(input_ids, positions, attend)
+        return self.model(input_ids, positions, ops)
 
     def sample(
         self, plan: StepPlan, inputs: StepInputs, hidden_TH: Tensor, result: StepResult

@@ -21,7 +21,8 @@ from nanovllm.errors import ModelLoadError
 from nanovllm.models import fetch as fetch_module
 from nanovllm.models import gguf
 from nanovllm.models.checkpoint import locate, open_tensors, read_config
-from nanovllm.models.fetch import cache_root, fetch
+from nanovllm.cache import cache_root
+from nanovllm.models.fetch import fetch
 from tests.models.gguf_files import small_gguf
 
 # The built-in model

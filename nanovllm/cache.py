@@ -1,0 +1,11 @@
+"""Where downloaded models and compiled kernels are kept."""
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """NANOVLLM_CACHE, or nanovllm in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("NANOVLLM_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanovllm"

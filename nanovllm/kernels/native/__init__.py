@@ -1,0 +1,204 @@
+"""Kernels in C++ for CPUs that multiply bfloat16 and bytes (AVX-512 with BF16 and VNNI), compiled
+when first used and kept in the cache.
+
+The sources beside this file are read in this order: tile.h, linear.cpp, attention.cpp, fused.cpp.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_long, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import Angles, AttentionBatch, KVCache, Product, reference
+from nanovllm.kernels.native.build import CompileError, compiler, cpu_flags, library
+from nanovllm.kernels.quantized import Groups, to_channels, to_groups
+
+NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
+COLUMNS = 32  # of W in a panel
+SIGNATURES = {
+    "linear_bf16": [*[c_void_p] * 4, c_int, *[c_long] * 3],
+    "linear_int8": [*[c_void_p] * 6, c_int, *[c_long] * 3],
+    "linear_groups": [*[c_void_p] * 4, c_int, *[c_long] * 3, c_int],
+    "attention": [*[c_void_p, c_long] * 3, *[c_void_p] * 6, c_long, *[c_void_p] * 3, *[c_long] * 6],
+    "norm": [c_void_p, c_long, c_void_p, c_float, c_void_p, *[c_long] * 3],
+    "add_norm": [*[c_void_p] * 3, c_float, c_void_p, c_long, c_long],
+    "silu_mul": [c_void_p, c_void_p, c_long, c_long],
+}
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Why these kernels cannot be used, or nothing."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return f"computes in bfloat16 on a CPU, not in {dtype} on {device}"
+    if head_dim % 32 or block_size % 16:
+        return f"needs heads of 32·n and blocks of 16·n, not {head_dim} and {block_size}"
+    if missing := NEEDED_FLAGS - cpu_flags():
+        return f"this CPU lacks {', '.join(sorted(missing))}"
+    if not compiler():
+        return "needs a C++ compiler: install g++, or set CXX"
+    try:
+        functions()
+    except (OSError, CompileError) as error:
+        return f"cannot be compiled ({error}); NANOVLLM_CACHE sets where, CXX by what"
+    return ""
+
+
+@cache
+def functions() -> ctypes.CDLL:
+    """The compiled kernels; a second call costs nothing."""
+    found = ctypes.CDLL(str(library()))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+class Native:
+    """See kernels.Backend."""
+
+    def __init__(self) -> None:
+        self.kernels = functions()
+
+    def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> "NativeOps":
+        return NativeOps(self.kernels, batch, caches)
+
+    def pack(
+        self, weight: Tensor | Groups, bias: Tensor | None, quantization: str | None,
+        dtype: torch.dtype, result: torch.dtype,
+    ) -> Product:  # fmt: skip
+        columns, size = weight.q.shape if isinstance(weight, Groups) else weight.shape
+        head = result == torch.float32  # four bits would show in every token
+        if size % 32 and (isinstance(weight, Groups) or quantization):
+            return reference.pack(weight, bias, quantization, dtype, result)
+        if size % 2:
+            return reference.pack(weight, bias, quantization, dtype, result)
+        kernels, planes = self.kernels, []
+        if isinstance(weight, Groups) or (quantization == "int4" and not head):
+            form, function = pack_groups, kernels.linear_groups
+            planes = [weight.bits // 4 if isinstance(weight, Groups) else 1]
+        elif quantization in ("int8", "int4"):
+            form, function = pack_int8, kernels.linear_int8
+        else:
+            form, function = pack_bf16, kernels.linear_bf16
+        parts = [form(part) for part in slices(weight)]
+        arrays = [torch.cat(arrays) for arrays in zip(*parts, strict=True)]
+        return Panels(function, arrays, bias, columns, size, result, planes)
+
+
+class Panels:
+    """A product with weights in panels of 32 columns.
+
+    Args:
+        arrays: the weights in the form that `function` reads. arguments: what it takes at the end.
+    """
+
+    def __init__(
+        self, function: "ctypes._NamedFuncPointer", arrays: list[Tensor], bias: Tensor | None,
+        columns: int, size: int, result: torch.dtype, arguments: list[int],
+    ) -> None:  # fmt: skip
+        self.function, self.columns, self.result = function, columns, result
+        self.kept = arrays, bias
+        self.pointers = [array.data_ptr() for array in arrays]
+        self.pointers.append(0 if bias is None else bias.data_ptr())
+        self.last = [columns, size, *arguments]
+        self.is_float = int(result == torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, rows = x.contiguous(), x.shape[0]
+        y = torch.empty((rows, self.columns), dtype=self.result)
+        pointers, y_pointer = self.pointers, y.data_ptr()
+        self.function(x.data_ptr(), *pointers, y_pointer, self.is_float, rows, *self.last)
+        return y
+
+
+def panels(array: Tensor) -> Tensor:
+    """[N, ...] as [panels, 32, ...], with rows of zeros to fill the last."""
+    rows = torch.zeros((-len(array) % COLUMNS, *array.shape[1:]), dtype=array.dtype)
+    return torch.cat((array, rows)).unflatten(0, (-1, COLUMNS))
+
+
+def slices(weight: Tensor | Groups) -> list[Tensor] | list[Groups]:
+    """Some rows at a time, so that what packing needs in between stays small."""
+    if isinstance(weight, Tensor):
+        return list(weight.split(64 * COLUMNS))
+    parts = zip(*(part.split(64 * COLUMNS) for part in weight[:3]), strict=True)
+    return [Groups(*part, weight.bits) for part in parts]
+
+
+def pack_bf16(weight: Tensor) -> list[Tensor]:
+    """[panels, C / 2, 32, 2]."""
+    return [panels(weight).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()]
+
+
+def pack_int8(weight: Tensor) -> list[Tensor]:
+    """[panels, C / 4, 32, 4], the scales of the columns, 128 times their sums."""
+    q, scales = to_channels(weight)
+    bytes_ = panels(q).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+    sums = panels(q.int().sum(1, dtype=torch.int32) * 128)
+    return [bytes_, panels(scales).contiguous(), sums.contiguous()]
+
+
+def pack_groups(weight: Tensor | Groups) -> list[Tensor]:
+    """[panels, G, bytes]: a plane for each 4 bits, the scales, the minima (see linear.cpp)."""
+    groups = to_groups(weight, 4) if isinstance(weight, Tensor) else weight
+    planes = [groups.q] if groups.bits == 4 else [groups.q >> 4, groups.q & 15]
+    parts = []
+    for plane in planes:
+        low, high = panels(plane).unflatten(1, (2, 16)).unflatten(3, (-1, 16, 2)).unbind(1)
+        bytes_ = low | high << 4  # [panels, 16 columns, G, 16 pairs, 2]
+        parts.append(bytes_.permute(0, 2, 3, 1, 4).flatten(2))
+    for halves in (groups.scale, groups.minimum):
+        parts.append(panels(halves).transpose(1, 2).contiguous().view(torch.uint8))
+    return [torch.cat(parts, dim=2)]
+
+
+class NativeOps:
+    """One batch's operations; see kernels.Ops."""
+
+    def __init__(self, kernels: ctypes.CDLL, batch: AttentionBatch, caches: list[KVCache]) -> None:
+        self.kernels, self.caches = kernels, caches
+        batch = AttentionBatch(*(part.contiguous() for part in batch))
+        self.batch = batch  # holds the memory that the pointers mean
+        slots, starts = batch.slots.data_ptr(), batch.query_starts.data_ptr()
+        lengths, tables = batch.context_lens.data_ptr(), batch.block_tables.data_ptr()
+        self.places = slots, starts, lengths, tables, batch.block_tables.shape[1]
+        self.num_seqs = len(batch.context_lens)
+
+    def attend(
+        self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        (k_cache, v_cache), (cos, sin) = self.caches[layer], angles
+        num_tokens, num_heads, head_dim = q_TND.shape
+        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype)
+        self.kernels.attention(
+            q_TND.data_ptr(), q_TND.stride(0), k_TKD.data_ptr(), k_TKD.stride(0),
+            v_TKD.data_ptr(), v_TKD.stride(0), cos.data_ptr(), sin.data_ptr(), *self.places,
+            k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), self.num_seqs, num_heads,
+            k_cache.shape[1], head_dim, k_cache.shape[2], window or 0,
+        )  # fmt: skip
+        return out
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        heads = x if x.dim() == 3 else x[:, None]
+        y = torch.empty(heads.shape, dtype=x.dtype)
+        self.kernels.norm(
+            x.data_ptr(), heads.stride(0), weight.data_ptr(), eps, y.data_ptr(), *heads.shape
+        )
+        return y.view(x.shape)
+
+    def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = torch.empty_like(x_TH)
+        self.kernels.add_norm(
+            x_TH.data_ptr(), residual_TH.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
+            *x_TH.shape,
+        )  # fmt: skip
+        return y
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        num_tokens, size = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+        y = torch.empty((num_tokens, size), dtype=gate_up_T2F.dtype)
+        self.kernels.silu_mul(gate_up_T2F.data_ptr(), y.data_ptr(), num_tokens, size)
+        return y

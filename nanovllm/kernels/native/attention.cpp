@@ -1,0 +1,291 @@
+// Attention over a paged cache in bfloat16: rotates, stores, attends (FlashAttention, Dao et al.,
+// 2022: a running maximum and sum, so that no row of scores is ever whole).
+//
+// A block of one key-value head is made of units of 16 positions, laid out for `tile`:
+//
+//     keys    [D / 2][16 positions][2]     scores = queries x keys: sums over D
+//     values  [8 pairs][D][2]              output = weights x values: sums over positions
+//
+// A work item is one key-value head of a few neighbouring queries of one sequence: its rows are
+// those queries' heads of the group, all of which read the same keys. A single query, of a decode,
+// is split along its context instead, and the parts are put together at the end.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "tile.h"
+
+namespace {
+
+constexpr long UNIT = 16;      // positions
+constexpr long CHUNK = 128;    // positions whose scores are held at once
+constexpr long SEGMENT = 256;  // positions of a part of a single query's context
+constexpr long ROWS = 48;      // queries times heads of an item, if a group is not larger
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+struct Rotation {  // cos, sin: [T, D] with equal halves
+  const bf16 *cos, *sin;
+  long size;
+
+  // Turns pairs (x[i], x[i + D/2]) of one head by the angles of a token.
+  void turn(const bf16* x, long token, bf16* to) const {
+    const bf16 *c = cos + token * size, *s = sin + token * size;
+    for (long i = 0, half = size / 2; i < half; i += LANES) {
+      __m512 a = load(x + i), b = load(x + half + i), cosine = load(c + i), sine = load(s + i);
+      store(to + i, _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine)));
+      store(to + half + i, _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine)));
+    }
+  }
+};
+
+struct Cache {
+  bf16 *k, *v;
+  long heads, block_size, size;
+
+  // Where the unit that holds a slot starts, in k as in v.
+  long unit(long slot, long head) const {
+    long block = slot / block_size, offset = slot % block_size / UNIT;
+    return ((block * heads + head) * block_size + offset * UNIT) * size;
+  }
+
+  // `last`: no neighbour follows in this step. Its half of the pair is cleared, so that weights of
+  // zero meet no leftover that is not a number.
+  void put(long slot, long head, const bf16* key, const bf16* value, bool last) const {
+    long at = slot % UNIT, start = unit(slot, head);
+    for (long pair = 0; pair < size / 2; pair++)
+      std::memcpy(k + start + (pair * UNIT + at) * 2, key + 2 * pair, 4);
+    bf16* row = v + start + at / 2 * size * 2 + at % 2;
+    for (long d = 0; d < size; d++) row[2 * d] = value[d];
+    if (last && at % 2 == 0)
+      for (long d = 0; d < size; d++) row[2 * d + 1] = 0;
+  }
+};
+
+struct Item {
+  long sequence, head, query, queries, begin, end;  // positions [begin, end) of the context
+  long part;  // its place among the parts, or -1 if it is whole
+};
+
+struct Join {  // the parts of one query's context
+  long sequence, head, part, parts;
+};
+
+// The rows of an item: what is added up, its maximum and the sum of the weights so far.
+struct Rows {
+  long count, size;
+  std::vector<bf16> q, weights;
+  std::vector<float> scores, sums, most, total;
+
+  Rows(long most_rows, long size)
+      : size(size), q(most_rows * size), weights(most_rows * CHUNK), scores(most_rows * CHUNK),
+        sums(most_rows * size), most(most_rows), total(most_rows) {}
+
+  void reset(long rows) {
+    count = rows;
+    std::fill(sums.begin(), sums.begin() + rows * size, 0.0f);
+    std::fill(most.begin(), most.begin() + rows, NEVER);
+    std::fill(total.begin(), total.begin() + rows, 0.0f);
+  }
+
+  // Scores of the queries with two units of keys, into columns from `at` on. next: see `tile`.
+  void score(const bf16* unit0, const bf16* unit1, const bf16* next0, const bf16* next1, long at) {
+    in_parts(count, MAX_ROWS, [&](long first, long some) {
+      with_rows(some, [&](auto R) {
+        __m512 acc[R][2];
+        clear(acc);
+        tile<R>(&q[first * size], size, unit0, unit1, 2 * UNIT, size / 2, next0, next1, acc);
+        unrolled<R>([&](auto r) {
+          _mm512_storeu_ps(&scores[(first + r) * CHUNK + at], acc[r][0]);
+          _mm512_storeu_ps(&scores[(first + r) * CHUNK + at + LANES], acc[r][1]);
+        });
+      });
+    });
+  }
+
+  // Turns columns [from, to) of a row's scores into weights, and all others below `padded` to 0.
+  void weigh(long row, long from, long to, long padded, float scale) {
+    const float* s = &scores[row * CHUNK];
+    bf16* w = &weights[row * CHUNK];
+    __m512 top = _mm512_set1_ps(NEVER), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale);
+    for (long i = 0; i < padded; i += LANES) {
+      __mmask16 seen = first_lanes(to - i) & ~first_lanes(from - i);
+      top = _mm512_mask_max_ps(top, seen, top, _mm512_loadu_ps(s + i));
+    }
+    float before = most[row];
+    float now = std::max(before, _mm512_reduce_max_ps(top) * scale);
+    __m512 shift = _mm512_set1_ps(now);
+    for (long i = 0; i < padded; i += LANES) {
+      __mmask16 seen = first_lanes(to - i) & ~first_lanes(from - i);
+      __m512 weight = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, shift));
+      weight = _mm512_maskz_mov_ps(seen, weight);
+      sum = _mm512_add_ps(sum, weight);
+      store(w + i, weight);
+    }
+    float keep = before == NEVER ? 0 : std::exp(before - now);
+    most[row] = now;
+    total[row] = total[row] * keep + _mm512_reduce_add_ps(sum);
+    if (keep != 1)
+      for (long d = 0; d < size; d += LANES) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(&sums[row * size + d]), _mm512_set1_ps(keep));
+        _mm512_storeu_ps(&sums[row * size + d], scaled);
+      }
+  }
+
+  // Adds the weighted values of some units, of which `positions` count. next: units soon read.
+  void add(const bf16* const* units, const bf16* const* next, long positions) {
+    for (long d = 0; d < size; d += COLUMNS)
+      in_parts(count, MAX_ROWS, [&](long first, long some) {
+        with_rows(some, [&](auto R) {
+          __m512 acc[R][2];
+          clear(acc);
+          for (long at = 0; at < positions; at += UNIT) {
+            const bf16* v = units[at / UNIT] + 2 * d;
+            long pairs = std::min(UNIT, positions - at + 1) / 2;
+            const bf16* soon = next[at / UNIT] + d * UNIT;
+            tile<R>(&weights[first * CHUNK + at], CHUNK, v, v + 32, 2 * size, pairs, soon,
+                    soon + 8 * UNIT * 2, acc);
+          }
+          unrolled<R>([&](auto r) {
+            float* to = &sums[(first + r) * size + d];
+            _mm512_storeu_ps(to, _mm512_add_ps(acc[r][0], _mm512_loadu_ps(to)));
+            _mm512_storeu_ps(to + LANES, _mm512_add_ps(acc[r][1], _mm512_loadu_ps(to + LANES)));
+          });
+        });
+      });
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Rotates q and k, stores k and v in the cache, and attends.
+//   q [T, heads, D], k and v [T, kv_heads, D]: tokens are *_stride elements apart.
+//   cos, sin [T, D]. slots [T]: block * block_size + offset; -1 stores nothing.
+//   query_starts [B + 1], context_lens [B], tables [B, table_stride]: see AttentionBatch.
+//   window: positions seen, from the own one back; 0 is all. out [T, heads, D].
+// D is a multiple of 32, block_size of 16.
+void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const bf16* v,
+               long v_stride, const bf16* cos, const bf16* sin, const int64_t* slots,
+               const int64_t* query_starts, const int64_t* context_lens, const int64_t* tables,
+               long table_stride, bf16* k_cache, bf16* v_cache, bf16* out, long num_seqs,
+               long heads, long kv_heads, long size, long block_size, long window) {
+  Rotation rotation{cos, sin, size};
+  Cache cache{k_cache, v_cache, kv_heads, block_size, size};
+  long group = heads / kv_heads, tokens = query_starts[num_seqs];
+  long most_queries = std::max(1L, ROWS / group);
+  float scale = 1 / std::sqrt(float(size));
+
+  std::vector<Item> items;
+  std::vector<Join> joins;
+  long num_parts = 0;
+  for (long b = 0; b < num_seqs; b++) {
+    long queries = query_starts[b + 1] - query_starts[b], past = context_lens[b] - queries;
+    for (long head = 0; head < kv_heads; head++)
+      in_parts(queries, most_queries, [&](long first, long count) {
+        long begin = window ? std::max(0L, past + first + 1 - window) : 0;
+        long end = past + first + count, length = queries == 1 ? SEGMENT : end;
+        begin = begin / UNIT * UNIT;
+        bool whole = end - begin <= length;
+        if (!whole) joins.push_back({b, head, num_parts, (end - begin + length - 1) / length});
+        for (; begin < end; begin += length)
+          items.push_back({b, head, first, count, begin, std::min(end, begin + length),
+                           whole ? -1 : num_parts++});
+      });
+  }
+  std::vector<float> parts(num_parts * group * (size + 2));
+
+  auto unit = [&](const Item& item, long at) {
+    int64_t block = tables[item.sequence * table_stride + at / block_size];
+    return cache.unit(block * block_size + at % block_size, item.head);
+  };
+
+#pragma omp parallel if (tokens > 1 || items.size() > 1)
+  {
+    std::vector<bf16> turned(size);
+#pragma omp for schedule(static)
+    for (long t = 0; t < tokens; t++) {
+      if (slots[t] < 0) continue;
+      bool last = t + 1 == tokens || slots[t + 1] != slots[t] + 1;
+      for (long head = 0; head < kv_heads; head++) {
+        rotation.turn(k + t * k_stride + head * size, t, turned.data());
+        cache.put(slots[t], head, turned.data(), v + t * v_stride + head * size, last);
+      }
+    }
+
+    Rows rows(most_queries * group, size);
+#pragma omp for schedule(dynamic)
+    for (size_t index = 0; index < items.size(); index++) {
+      const Item& item = items[index];
+      long token = query_starts[item.sequence] + item.query;
+      long position = context_lens[item.sequence] - query_starts[item.sequence + 1] + token;
+      rows.reset(item.queries * group);
+      for (long row = 0; row < rows.count; row++) {
+        const bf16* from = q + (token + row / group) * q_stride;
+        from += (item.head * group + row % group) * size;
+        rotation.turn(from, token + row / group, &rows.q[row * size]);
+      }
+      for (long chunk = item.begin; chunk < item.end; chunk += CHUNK) {
+        long positions = std::min(CHUNK, item.end - chunk);
+        long padded = (positions + COLUMNS - 1) / COLUMNS * COLUMNS;
+        const bf16* values[CHUNK / UNIT];
+        const bf16* next[CHUNK / UNIT];
+        for (long at = 0; at < CHUNK; at += UNIT) {
+          bool here = chunk + CHUNK < item.end || index + 1 == items.size();
+          const Item& then = here ? item : items[index + 1];
+          long from = here ? chunk + CHUNK + at : then.begin + at;
+          next[at / UNIT] = cache.k + unit(then, std::min(from, then.end - 1));
+        }
+        for (long at = 0; at < positions; at += COLUMNS) {
+          long one = unit(item, chunk + at);
+          long two = at + UNIT < positions ? unit(item, chunk + at + UNIT) : one;
+          values[at / UNIT] = cache.v + one;
+          values[at / UNIT + 1] = cache.v + two;
+          rows.score(cache.k + one, cache.k + two, cache.v + one, cache.v + two, at);
+        }
+        for (long row = 0; row < rows.count; row++) {
+          long end = position + row / group + 1 - chunk;
+          rows.weigh(row, window ? end - window : 0, std::min(end, positions), padded, scale);
+        }
+        rows.add(values, next, positions);
+      }
+      for (long row = 0; row < rows.count; row++) {
+        long head = item.head * group + row % group;
+        const float* sums = &rows.sums[row * size];
+        if (item.part >= 0) {
+          float* to = &parts[(item.part * group + row) * (size + 2)];
+          std::memcpy(to, sums, size * 4);
+          to[size] = rows.most[row];
+          to[size + 1] = rows.total[row];
+          continue;
+        }
+        bf16* to = out + ((token + row / group) * heads + head) * size;
+        __m512 by = _mm512_set1_ps(1 / rows.total[row]);
+        for (long d = 0; d < size; d += LANES)
+          store(to + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), by));
+      }
+    }
+
+    // Each part weighs as much as its sum, moved to the common maximum.
+#pragma omp for schedule(static)
+    for (size_t index = 0; index < joins.size() * group; index++) {
+      const Join& join = joins[index / group];
+      long row = index % group, step = group * (size + 2);
+      const float* first = &parts[(join.part * group + row) * (size + 2)];
+      float top = NEVER, total = 0;
+      for (long i = 0; i < join.parts; i++) top = std::max(top, first[i * step + size]);
+      for (long i = 0; i < join.parts; i++)
+        total += first[i * step + size + 1] * std::exp(first[i * step + size] - top);
+      bf16* to = out + (query_starts[join.sequence] * heads + join.head * group + row) * size;
+      for (long d = 0; d < size; d += LANES) {
+        __m512 sum = _mm512_setzero_ps();
+        for (long i = 0; i < join.parts; i++) {
+          float by = std::exp(first[i * step + size] - top) / total;
+          sum = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(first + i * step + d), sum);
+        }
+        store(to + d, sum);
+      }
+    }
+  }
+}
+}

@@ -1,0 +1,296 @@
+// y = x Wᵀ + bias, with the weights packed into panels of 32 columns (rows of W), in three forms.
+//
+// A work item is one panel times a chunk of rows. A panel stays in the second cache while the rows
+// go by, twelve at a time, so the weights come from memory once and the products set the pace.
+#include <memory>
+
+#include "tile.h"
+
+namespace {
+
+constexpr long CHUNK = 96;  // rows of x: with a panel, what the second cache holds
+constexpr long GROUP = 32;  // weights that share a scale
+
+// Runs f(panel, first row, rows) for all panels and chunks, over the threads.
+template <class F>
+void for_panels(long rows, long columns, F&& f) {
+  long panels = (columns + COLUMNS - 1) / COLUMNS, chunks = (rows + CHUNK - 1) / CHUNK;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (long chunk = 0; chunk < chunks; chunk++)
+    for (long panel = 0; panel < panels; panel++)
+      f(panel, chunk * CHUNK, std::min(CHUNK, rows - chunk * CHUNK));
+}
+
+// Where results go: rows `ld` apart, as bfloat16 or float32; bias may be null.
+struct Output {
+  void* y;
+  bool is_float;
+  long ld;
+  const bf16* bias;
+
+  inline __attribute__((always_inline)) void put(long row, long column, __m512 values) const {
+    __mmask16 lanes = first_lanes(ld - column);
+    if (bias) {
+      __m256i words = _mm256_maskz_loadu_epi16(lanes, bias + column);
+      __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+      values = _mm512_add_ps(values, _mm512_castsi512_ps(bits));
+    }
+    long at = row * ld + column;
+    if (is_float)
+      _mm512_mask_storeu_ps((float*)y + at, lanes, values);
+    else
+      _mm256_mask_storeu_epi16((bf16*)y + at, lanes, (__m256i)_mm512_cvtneps_pbh(values));
+  }
+};
+
+// `rows` rows of x from `first` on, times one panel in bfloat16.
+void multiply(const bf16* x, const bf16* panel, const Output& out, long column, long first,
+              long rows, long size) {
+  in_parts(rows, MAX_ROWS, [&](long part, long count) {
+    with_rows(count, [&](auto R) {
+      __m512 acc[R][2];
+      long row = first + part;
+      clear(acc);
+      const bf16* next = panel + size * COLUMNS;  // the panel that follows
+      tile<R>(x + row * size, size, panel, panel + 32, 64, size / 2, next, next + size / 2 * 32, acc);
+      unrolled<R>([&](auto r) {
+        out.put(row + r, column, acc[r][0]);
+        out.put(row + r, column + LANES, acc[r][1]);
+      });
+    });
+  });
+}
+
+// ---- Weights in groups of 32 with a scale and a minimum: w = scale * q + minimum.
+//
+// A group of a panel: for each 4 bits of q a plane [16 pairs][32 bytes], the byte of (pair, column
+// c of 16, k of 2) at 2c + k, low half column c, high half column c + 16; then 32 scales and 32
+// minima in float16. Eight bits are two planes, the upper half first.
+
+constexpr long PLANE = 16 * 32;
+
+template <int PLANES>
+constexpr long GROUP_BYTES = PLANES * PLANE + 2 * COLUMNS * 2;
+
+inline __m512 halves(const uint8_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+}
+
+// Tables from four bits to bfloat16: 0 to 15, and 16 times that.
+inline __m512i digits(float unit) {
+  alignas(64) bf16 table[32];
+  for (int i = 0; i < 32; i++) {
+    float value = unit * (i % 16);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    table[i] = bits >> 16;
+  }
+  return _mm512_load_si512(table);
+}
+
+template <int PLANES>
+struct Groups {
+  __m512i table[PLANES];
+
+  Groups() {
+    table[PLANES - 1] = digits(1);
+    if (PLANES == 2) table[0] = digits(16);
+  }
+
+  // The pairs of 32 columns, of one plane, as bfloat16.
+  inline __attribute__((always_inline)) void pair(const uint8_t* group, int plane, int p,
+                                                  __m512i& left, __m512i& right) const {
+    const uint8_t* bytes = group + plane * PLANE + p * 32;
+    __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
+    left = _mm512_permutexvar_epi16(words, table[plane]);  // reads 5 bits; the table repeats
+    right = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table[plane]);
+  }
+
+  // A few rows at once, from the groups themselves.
+  template <int R>
+  void multiply(const bf16* x, const float* sums, const uint8_t* panel, const Output& out,
+                long column, long first, long size) const {
+    __m512 acc[R][2];
+    long groups = size / GROUP;
+    clear(acc);
+    for (long g = 0; g < groups; g++) {
+      const uint8_t* group = panel + g * GROUP_BYTES<PLANES>;
+      for (int line = 0; line < GROUP_BYTES<PLANES>; line += 64)
+        _mm_prefetch((const char*)group + 4096 + line, _MM_HINT_T0);
+      __m512 part[R][2];
+      clear(part);
+      for (int p = 0; p < GROUP / 2; p++)
+        for (int plane = 0; plane < PLANES; plane++) {
+          __m512i left, right;
+          pair(group, plane, p, left, right);
+          unrolled<R>([&](auto r) {
+            int both;
+            std::memcpy(&both, x + (first + r) * size + g * GROUP + 2 * p, 4);
+            part[r][0] = dot_pairs(part[r][0], _mm512_set1_epi32(both), left);
+            part[r][1] = dot_pairs(part[r][1], _mm512_set1_epi32(both), right);
+          });
+        }
+      const uint8_t* scales = group + PLANES * PLANE;
+      unrolled<2>([&](auto half) {
+        __m512 scale = halves(scales + 32 * half), minimum = halves(scales + 64 + 32 * half);
+        unrolled<R>([&](auto r) {
+          __m512 sum = _mm512_set1_ps(sums[(first + r) * groups + g]);
+          acc[r][half] = _mm512_fmadd_ps(scale, part[r][half], acc[r][half]);
+          acc[r][half] = _mm512_fmadd_ps(minimum, sum, acc[r][half]);
+        });
+      });
+    }
+    unrolled<R>([&](auto r) {
+      out.put(first + r, column, acc[r][0]);
+      out.put(first + r, column + LANES, acc[r][1]);
+    });
+  }
+
+  // A panel in bfloat16, for many rows.
+  void unpack(const uint8_t* panel, long size, bf16* to) const {
+    const __m512i upper = _mm512_set1_epi32(0xFFFF0000);
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
+    const __m512i interleave = _mm512_load_si512(order);
+    for (long g = 0; g < size / GROUP; g++) {
+      const uint8_t* group = panel + g * GROUP_BYTES<PLANES>;
+      const uint8_t* scales = group + PLANES * PLANE;
+      __m512 scale[2] = {halves(scales), halves(scales + 32)};
+      __m512 minimum[2] = {halves(scales + 64), halves(scales + 96)};
+      for (int p = 0; p < GROUP / 2; p++, to += 64) {
+        __m512i found[PLANES][2];
+        unrolled<PLANES>([&](auto plane) {
+          pair(group, plane, p, found[plane][0], found[plane][1]);
+        });
+        unrolled<2>([&](auto half) {
+          __m512 even = minimum[half], odd = even;
+          unrolled<PLANES>([&](auto plane) {
+            __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(found[plane][half], 16));
+            __m512 second = _mm512_castsi512_ps(_mm512_and_si512(found[plane][half], upper));
+            even = _mm512_fmadd_ps(first, scale[half], even);
+            odd = _mm512_fmadd_ps(second, scale[half], odd);
+          });
+          __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+          _mm512_storeu_si512(to + 32 * half, _mm512_permutexvar_epi16(interleave, both));
+        });
+      }
+    }
+  }
+
+  void linear(const bf16* x, const uint8_t* weights, const Output& out, long rows,
+              long size) const {
+    constexpr long FEW = PLANES == 1 ? 24 : 12;  // more rows are faster from an unpacked panel
+    long panel_bytes = size / GROUP * GROUP_BYTES<PLANES>, groups = size / GROUP;
+    std::unique_ptr<float[]> sums(new float[rows * groups]);
+    for (long i = 0; rows <= FEW && i < rows * groups; i++) {
+      sums[i] = 0;
+      for (long k = 0; k < GROUP; k++) sums[i] += to_float(x[i * GROUP + k]);
+    }
+    for_panels(rows, out.ld, [&](long panel, long first, long count) {
+      const uint8_t* packed = weights + panel * panel_bytes;
+      if (rows <= FEW)
+        return in_parts(count, 6, [&](long part, long some) {
+          with_rows<6>(some, [&](auto R) {
+            multiply<R>(x, sums.get(), packed, out, panel * COLUMNS, first + part, size);
+          });
+        });
+      std::unique_ptr<bf16[]> plain(new bf16[size * COLUMNS]);
+      unpack(packed, size, plain.get());
+      ::multiply(x, plain.get(), out, panel * COLUMNS, first, count, size);
+    });
+  }
+};
+
+// ---- Eight bits throughout: w = scale of the column * q, x = scale of the row * q.
+//
+// A panel is [size / 4][32 columns][4] signed bytes; `dpbusd` adds four products of unsigned and
+// signed bytes. Rows of x are shifted by 128 to be unsigned; the columns' sums take that out again.
+
+template <int R>
+inline __attribute__((always_inline)) void tile8(const uint8_t* x, long size, const int8_t* panel,
+                                                 __m512i (&acc)[R][2]) {
+  unrolled<R>([&](auto r) { acc[r][0] = acc[r][1] = _mm512_setzero_si512(); });
+  for (long k = 0; k < size; k += 4) {
+    const int8_t* b = panel + k * COLUMNS;
+    __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 64);
+    _mm_prefetch((const char*)b + 4096, _MM_HINT_T0);
+    _mm_prefetch((const char*)b + 4096 + 64, _MM_HINT_T0);
+    unrolled<R>([&](auto r) {
+      int four;
+      std::memcpy(&four, x + r * size + k, 4);
+      __m512i bytes = _mm512_set1_epi32(four);
+      asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][0]) : "v"(bytes), "v"(left));
+      asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][1]) : "v"(bytes), "v"(right));
+    });
+  }
+}
+
+// A row of x in bytes around 128; returns its scale.
+float quantize(const bf16* x, long size, uint8_t* to) {
+  __m512 most = _mm512_setzero_ps();
+  for (long k = 0; k < size; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
+  float largest = _mm512_reduce_max_ps(most), scale = largest / 127;
+  __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+  for (long k = 0; k < size; k += LANES) {
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + k), inverse));
+    q = _mm512_add_epi32(q, _mm512_set1_epi32(128));
+    _mm_storeu_si128((__m128i*)(to + k), _mm512_cvtepi32_epi8(q));
+  }
+  return scale;
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [rows, size], y [rows, columns] (float32 if is_float), bias [columns] or null; size is even.
+void linear_bf16(const bf16* x, const bf16* weights, const bf16* bias, void* y, int is_float,
+                 long rows, long columns, long size) {
+  Output out{y, is_float != 0, columns, bias};
+  for_panels(rows, columns, [&](long panel, long first, long count) {
+    const bf16* packed = weights + panel * COLUMNS * size;
+    multiply(x, packed, out, panel * COLUMNS, first, count, size);
+  });
+}
+
+// The same from groups of 4 bits (planes = 1) or 8 bits (planes = 2); size is a multiple of 32.
+void linear_groups(const bf16* x, const uint8_t* weights, const bf16* bias, void* y, int is_float,
+                   long rows, long columns, long size, int planes) {
+  Output out{y, is_float != 0, columns, bias};
+  if (planes == 1)
+    Groups<1>().linear(x, weights, out, rows, size);
+  else
+    Groups<2>().linear(x, weights, out, rows, size);
+}
+
+// The same in 8 bits. scales: of the columns. sums: 128 times the columns' sums of bytes. Both are
+// as long as all panels; size is a multiple of 16.
+void linear_int8(const bf16* x, const int8_t* weights, const float* scales, const int32_t* sums,
+                 const bf16* bias, void* y, int is_float, long rows, long columns, long size) {
+  Output out{y, is_float != 0, columns, bias};
+  std::unique_ptr<uint8_t[]> bytes(new uint8_t[rows * size]);
+  std::unique_ptr<float[]> row_scales(new float[rows]);
+#pragma omp parallel for schedule(static) if (rows > 4)
+  for (long row = 0; row < rows; row++)
+    row_scales[row] = quantize(x + row * size, size, bytes.get() + row * size);
+  for_panels(rows, columns, [&](long panel, long first, long count) {
+    in_parts(count, MAX_ROWS, [&](long part, long some) {
+      with_rows(some, [&](auto R) {
+        __m512i acc[R][2];
+        long row = first + part;
+        tile8<R>(bytes.get() + row * size, size, weights + panel * COLUMNS * size, acc);
+        unrolled<2>([&](auto half) {
+          long column = panel * COLUMNS + LANES * half;
+          __m512i sum = _mm512_loadu_si512(sums + column);
+          __m512 scale = _mm512_loadu_ps(scales + column);
+          unrolled<R>([&](auto r) {
+            __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][half], sum));
+            __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(row_scales[row + r]));
+            out.put(row + r, column, _mm512_mul_ps(value, by));
+          });
+        });
+      });
+    });
+  });
+}
+}

@@ -1,0 +1,63 @@
+"""Weights in fewer bits, in plain torch: what the fast products must equal.
+
+Shapes: N rows (out_features), C columns (in_features), G = C / 32 groups of a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+
+
+class Groups(NamedTuple):
+    """Neighbours in a row that share a scale and a minimum: weight = scale · q + minimum. These are
+    llama.cpp's blocks Q4_0, Q4_1 (4 bits) and Q8_0 (8 bits), their numbers unchanged.
+
+    Attributes:
+        q: [N, C] uint8, below 2 ** bits. scale, minimum: [N, G] float16.
+    """
+
+    q: Tensor
+    scale: Tensor
+    minimum: Tensor
+    bits: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
+
+    def dequantize(self) -> Tensor:
+        """[N, C] in float32."""
+        q_NGc = self.q.unflatten(1, (-1, GROUP)).float()
+        return (q_NGc * self.scale.float()[..., None] + self.minimum.float()[..., None]).flatten(1)
+
+
+def to_groups(weight_NC: Tensor, bits: int) -> Groups:
+    """Each group from its smallest to its largest value, in equal steps."""
+    weight_NGc = weight_NC.float().unflatten(1, (-1, GROUP))
+    low, high = weight_NGc.aminmax(dim=-1)
+    scale, minimum = ((high - low) / (2**bits - 1)).half(), low.half()
+    steps = (weight_NGc - minimum.float()[..., None]) / scale.float()[..., None]
+    q = steps.nan_to_num(0).round().clamp(0, 2**bits - 1)  # a flat group has no steps
+    return Groups(q.to(torch.uint8).flatten(1), scale, minimum, bits)
+
+
+def to_channels(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [N, C], float32 [N]): weight = q · scale of its row, symmetric around 0."""
+    scale_N = weight_NC.float().abs().amax(1) / 127
+    q = (weight_NC.float() / scale_N[:, None]).nan_to_num(0).round()
+    return q.to(torch.int8), scale_N
+
+
+def rounded(weight_NC: Tensor | Groups, quantization: str | None, dtype: torch.dtype) -> Tensor:
+    """The values that a weight has after quantization."""
+    if isinstance(weight_NC, Groups):
+        return weight_NC.dequantize().to(dtype)
+    if quantization == "int8":
+        q, scale_N = to_channels(weight_NC)
+        return (q.float() * scale_N[:, None]).to(dtype)
+    if quantization == "int4":
+        return to_groups(weight_NC, 4).dequantize().to(dtype)
+    return weight_NC.to(dtype)
