@@ -19,7 +19,7 @@ NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 COLUMNS = 32  # of W in a panel
 SIGNATURES = {
     "linear_bf16": [*[c_void_p] * 4, c_int, *[c_long] * 3],
-    "linear_int8": [*[c_void_p] * 6, c_int, *[c_long] * 3],
+    "linear_int8": [*[c_void_p] * 5, c_int, *[c_long] * 4],
     "linear_groups": [*[c_void_p] * 4, c_int, *[c_long] * 3, c_int],
     "attention": [*[c_void_p, c_long] * 3, *[c_void_p] * 6, c_long, *[c_void_p] * 3, *[c_long] * 6],
     "norm": [c_void_p, c_long, c_void_p, c_float, c_void_p, *[c_long] * 3],
@@ -80,6 +80,7 @@ class Native:
             planes = [weight.bits // 4 if isinstance(weight, Groups) else 1]
         elif quantization in ("int8", "int4"):
             form, function = pack_int8, kernels.linear_int8
+            planes = [64 if size % 64 == 0 else 32]
         else:
             form, function = pack_bf16, kernels.linear_bf16
         parts = [form(part) for part in slices(weight)]
@@ -133,11 +134,10 @@ def pack_bf16(weight: Tensor) -> list[Tensor]:
 
 
 def pack_int8(weight: Tensor) -> list[Tensor]:
-    """[panels, C / 4, 32, 4], the scales of the columns, 128 times their sums."""
+    """[panels, C / 4, 32, 4] as q + 128, and the scales of the columns."""
     q, scales = to_channels(weight)
-    bytes_ = panels(q).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
-    sums = panels(q.int().sum(1, dtype=torch.int32) * 128)
-    return [bytes_, panels(scales).contiguous(), sums.contiguous()]
+    unsigned = panels(q.view(torch.uint8) ^ 128).unflatten(2, (-1, 4))
+    return [unsigned.transpose(1, 2).contiguous(), panels(scales)]
 
 
 def pack_groups(weight: Tensor | Groups) -> list[Tensor]:

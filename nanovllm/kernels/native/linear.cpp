@@ -201,43 +201,84 @@ struct Groups {
   }
 };
 
-// ---- Eight bits throughout: w = scale of the column * q, x = scale of the row * q.
+// ---- Eight bits throughout: w = scale of the column * q, x = scale of the group * q.
 //
-// A panel is [size / 4][32 columns][4] signed bytes; `dpbusd` adds four products of unsigned and
-// signed bytes. Rows of x are shifted by 128 to be unsigned; the columns' sums take that out again.
+// A panel is [size / 4][32 columns][4] bytes, q + 128; `dpbusd` adds four products of unsigned and
+// signed bytes, so a group starts from -128 times the sum of its part of x. Neighbours in a row of
+// x share a scale, 64 as a rule: one scale for a whole row would lose too much to its outliers.
 
-template <int R>
-inline __attribute__((always_inline)) void tile8(const uint8_t* x, long size, const int8_t* panel,
-                                                 __m512i (&acc)[R][2]) {
-  unrolled<R>([&](auto r) { acc[r][0] = acc[r][1] = _mm512_setzero_si512(); });
-  for (long k = 0; k < size; k += 4) {
-    const int8_t* b = panel + k * COLUMNS;
-    __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 64);
-    _mm_prefetch((const char*)b + 4096, _MM_HINT_T0);
-    _mm_prefetch((const char*)b + 4096 + 64, _MM_HINT_T0);
+struct Bytes {
+  long size, group, groups;
+  std::unique_ptr<int8_t[]> q;
+  std::unique_ptr<float[]> scales;
+  std::unique_ptr<int32_t[]> starts;
+
+  Bytes(long rows, long size, long group)
+      : size(size), group(group), groups(size / group), q(new int8_t[rows * size]),
+        scales(new float[rows * groups]), starts(new int32_t[rows * groups]) {}
+
+  void quantize(const bf16* x, long row) {
+    for (long g = row * groups; g < (row + 1) * groups; g++) {
+      const bf16* from = x + g * group;
+      __m512 most = _mm512_setzero_ps();
+      for (long k = 0; k < group; k += LANES)
+        most = _mm512_max_ps(most, _mm512_abs_ps(load(from + k)));
+      float largest = _mm512_reduce_max_ps(most);
+      __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+      __m512i sum = _mm512_setzero_si512();
+      for (long k = 0; k < group; k += LANES) {
+        __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(load(from + k), inverse));
+        sum = _mm512_add_epi32(sum, value);
+        _mm_storeu_si128((__m128i*)&q[g * group + k], _mm512_cvtepi32_epi8(value));
+      }
+      scales[g] = largest / 127;
+      starts[g] = -128 * _mm512_reduce_add_epi32(sum);
+    }
+  }
+
+  // R rows from `first` on times a panel.
+  template <int R>
+  inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const float* by,
+                                                      const Output& out, long column,
+                                                      long first) const {
+    __m512 acc[R][2];
+    clear(acc);
+    const int8_t* x = &q[first * size];
+    const float* row_scales = &scales[first * groups];
+    const int32_t* row_starts = &starts[first * groups];
+    const long size = this->size, group = this->group, groups = this->groups;
+    for (long g = 0; g < groups; g++) {
+      __m512i part[R][2];
+      unrolled<R>([&](auto r) {
+        part[r][0] = part[r][1] = _mm512_set1_epi32(row_starts[r * groups + g]);
+      });
+      for (long k = g * group; k < (g + 1) * group; k += 4) {
+        const uint8_t* w = panel + k * COLUMNS;
+        __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
+        asm("" : "+v"(left), "+v"(right));  // read once, not again for each row
+        _mm_prefetch((const char*)w + 4096, _MM_HINT_T0);
+        _mm_prefetch((const char*)w + 4096 + 64, _MM_HINT_T0);
+        unrolled<R>([&](auto r) {
+          int four;
+          std::memcpy(&four, x + r * size + k, 4);
+          __m512i bytes = _mm512_set1_epi32(four);  // the intrinsic copies the sum each time
+          asm("vpdpbusd %2, %1, %0" : "+v"(part[r][0]) : "v"(left), "v"(bytes));
+          asm("vpdpbusd %2, %1, %0" : "+v"(part[r][1]) : "v"(right), "v"(bytes));
+        });
+      }
+      unrolled<R>([&](auto r) {
+        __m512 scale = _mm512_set1_ps(row_scales[r * groups + g]);
+        acc[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r][0]), scale, acc[r][0]);
+        acc[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r][1]), scale, acc[r][1]);
+      });
+    }
+    __m512 left = _mm512_loadu_ps(by), right = _mm512_loadu_ps(by + LANES);
     unrolled<R>([&](auto r) {
-      int four;
-      std::memcpy(&four, x + r * size + k, 4);
-      __m512i bytes = _mm512_set1_epi32(four);
-      asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][0]) : "v"(bytes), "v"(left));
-      asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][1]) : "v"(bytes), "v"(right));
+      out.put(first + r, column, _mm512_mul_ps(acc[r][0], left));
+      out.put(first + r, column + LANES, _mm512_mul_ps(acc[r][1], right));
     });
   }
-}
-
-// A row of x in bytes around 128; returns its scale.
-float quantize(const bf16* x, long size, uint8_t* to) {
-  __m512 most = _mm512_setzero_ps();
-  for (long k = 0; k < size; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
-  float largest = _mm512_reduce_max_ps(most), scale = largest / 127;
-  __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
-  for (long k = 0; k < size; k += LANES) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + k), inverse));
-    q = _mm512_add_epi32(q, _mm512_set1_epi32(128));
-    _mm_storeu_si128((__m128i*)(to + k), _mm512_cvtepi32_epi8(q));
-  }
-  return scale;
-}
+};
 
 }  // namespace
 
@@ -263,32 +304,19 @@ void linear_groups(const bf16* x, const uint8_t* weights, const bf16* bias, void
     Groups<2>().linear(x, weights, out, rows, size);
 }
 
-// The same in 8 bits. scales: of the columns. sums: 128 times the columns' sums of bytes. Both are
-// as long as all panels; size is a multiple of 16.
-void linear_int8(const bf16* x, const int8_t* weights, const float* scales, const int32_t* sums,
-                 const bf16* bias, void* y, int is_float, long rows, long columns, long size) {
+// The same in 8 bits. scales: of the columns, as many as all panels have. group: neighbours in a row
+// of x that share a scale, a multiple of 16 that divides size.
+void linear_int8(const bf16* x, const uint8_t* weights, const float* scales, const bf16* bias,
+                 void* y, int is_float, long rows, long columns, long size, long group) {
   Output out{y, is_float != 0, columns, bias};
-  std::unique_ptr<uint8_t[]> bytes(new uint8_t[rows * size]);
-  std::unique_ptr<float[]> row_scales(new float[rows]);
+  Bytes bytes(rows, size, group);
 #pragma omp parallel for schedule(static) if (rows > 4)
-  for (long row = 0; row < rows; row++)
-    row_scales[row] = quantize(x + row * size, size, bytes.get() + row * size);
+  for (long row = 0; row < rows; row++) bytes.quantize(x, row);
   for_panels(rows, columns, [&](long panel, long first, long count) {
-    in_parts(count, MAX_ROWS, [&](long part, long some) {
-      with_rows(some, [&](auto R) {
-        __m512i acc[R][2];
-        long row = first + part;
-        tile8<R>(bytes.get() + row * size, size, weights + panel * COLUMNS * size, acc);
-        unrolled<2>([&](auto half) {
-          long column = panel * COLUMNS + LANES * half;
-          __m512i sum = _mm512_loadu_si512(sums + column);
-          __m512 scale = _mm512_loadu_ps(scales + column);
-          unrolled<R>([&](auto r) {
-            __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][half], sum));
-            __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(row_scales[row + r]));
-            out.put(row + r, column, _mm512_mul_ps(value, by));
-          });
-        });
+    const uint8_t* packed = weights + panel * COLUMNS * size;
+    in_parts(count, MAX_ROWS / 2, [&](long part, long some) {
+      with_rows<MAX_ROWS / 2>(some, [&](auto R) {
+        bytes.multiply<R>(packed, scales + panel * COLUMNS, out, panel * COLUMNS, first + part);
       });
     });
   });
