@@ -34,7 +34,7 @@ class EngineConfig:
         skip_tokenizer_init: prompts are token ids and no text is made.
         load_format: "auto" sees what is there; "dummy" needs a config.json only and makes small
             random weights.
-        attention_backend: "auto", "native" (C++ for bfloat16 on CPUs with AVX-512), "cpu" (oneDNN and
+        attention_backend: "auto", "native" (C++, bfloat16 on CPUs with AVX-512), "cpu" (oneDNN and
             Numba) or "reference" (plain torch, any device); the other operations come with it.
         enforce_eager: no CUDA graphs.
         tensor_parallel_size: devices that share the model; more than 1 is yet to come.

@@ -16,22 +16,27 @@ class Groups(NamedTuple):
     llama.cpp's blocks Q4_0, Q4_1 (4 bits) and Q8_0 (8 bits), their numbers unchanged.
 
     Attributes:
-        q: [N, C] uint8, below 2 ** bits. scale, minimum: [N, G] float16.
+        bits: 4 or 8. q: [N, C] uint8, below 2 ** bits. scale, minimum: [N, G] float16.
     """
 
+    bits: int
     q: Tensor
     scale: Tensor
     minimum: Tensor
-    bits: int
 
     @property
     def shape(self) -> torch.Size:
         return self.q.shape
 
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.scale, self.minimum
+
     def dequantize(self) -> Tensor:
         """[N, C] in float32."""
-        q_NGc = self.q.unflatten(1, (-1, GROUP)).float()
-        return (q_NGc * self.scale.float()[..., None] + self.minimum.float()[..., None]).flatten(1)
+        scale_NG1, minimum_NG1 = self.scale.float()[..., None], self.minimum.float()[..., None]
+        q_NGc: Tensor = self.q.float().unflatten(1, (-1, GROUP))
+        return (q_NGc * scale_NG1 + minimum_NG1).flatten(1)
 
 
 def to_groups(weight_NC: Tensor, bits: int) -> Groups:
@@ -41,7 +46,7 @@ def to_groups(weight_NC: Tensor, bits: int) -> Groups:
     scale, minimum = ((high - low) / (2**bits - 1)).half(), low.half()
     steps = (weight_NGc - minimum.float()[..., None]) / scale.float()[..., None]
     q = steps.nan_to_num(0).round().clamp(0, 2**bits - 1)  # a flat group has no steps
-    return Groups(q.to(torch.uint8).flatten(1), scale, minimum, bits)
+    return Groups(bits, q.to(torch.uint8).flatten(1), scale, minimum)
 
 
 def to_channels(weight_NC: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import Groups
+from nanovllm.kernels.quantized import Groups
 from nanovllm.models.config import ModelConfig, read_json
 
 

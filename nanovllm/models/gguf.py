@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovllm.errors import MissingDependencyError, ModelLoadError
-from nanovllm.kernels import Groups
+from nanovllm.kernels.quantized import Groups
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.gguf_file import GGUFFile, TensorInfo, open_gguf
 from nanovllm.models.gguf_tokenizer import build_tokenizer
@@ -101,10 +101,8 @@ def read_tensors(
         if keep_groups and info.kind in GROUP_BYTES and raw.ndim == 2:
             groups = read_groups(raw, info.kind)
             if part in heads:
-                q, scale, minimum = (
-                    unpermute(file.path, name, rows, heads[part]) for rows in groups[:3]
-                )
-                groups = Groups(q, scale, minimum, groups.bits)
+                rows = (unpermute(file.path, name, a, heads[part]) for a in groups.arrays)
+                groups = Groups(groups.bits, *rows)
             yield place, groups
             continue
         tensor = dequantize(raw, info)
@@ -130,12 +128,12 @@ def read_groups(raw: NDArray[np.uint8], kind: str) -> Groups:
     scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
     if kind == "Q8_0":
         q = blocks[..., 2:] ^ 128  # from -128 up, as unsigned
-        return Groups(q.flatten(1), scale, scale * -128, 8)
+        return Groups(8, q.flatten(1), scale, scale * -128)
     halves = blocks[..., -16:]
     q = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
     if kind == "Q4_0":
-        return Groups(q, scale, scale * -8, 4)
-    return Groups(q, scale, blocks[..., 2:4].contiguous().view(torch.float16)[..., 0], 4)
+        return Groups(4, q, scale, scale * -8)
+    return Groups(4, q, scale, blocks[..., 2:4].contiguous().view(torch.float16)[..., 0])
 
 
 def unpermute(path: Path, name: str, tensor: Tensor, heads: int) -> Tensor:
@@ -351,7 +349,8 @@ def convert(path: Path, folder: Path) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     weights, dtype = folder / "model.safetensors", getattr(torch, config["dtype"])
-    save_file({name: tensor.to(dtype) for name, tensor in tensors}, weights, {"format": "pt"})
+    dense = {name: tensor.to(dtype) for name, tensor in tensors if isinstance(tensor, Tensor)}
+    save_file(dense, weights, {"format": "pt"})
     copymode(folder / "config.json", weights)  # safetensors lets only the owner read
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import Backend, Groups
+from nanovllm.kernels import Backend
+from nanovllm.kernels.quantized import Groups
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.models.checkpoint import open_tensors
 from nanovllm.models.config import ModelConfig
@@ -117,10 +118,10 @@ def join(module: nn.Module, parts: list[tuple[Place, Groups]]) -> Tensor | Group
     weight = getattr(module, "weight", None)
     parts.sort(key=lambda part: part[0].view.storage_offset())
     groups, bits = [groups for _, groups in parts], {groups.bits for _, groups in parts}
-    if isinstance(module, Linear) and len(bits) == 1:
-        if sum(len(part.q) for part in groups) == module.weight.shape[0]:
-            q, scale, minimum = (torch.cat(part) for part in list(zip(*groups, strict=True))[:3])
-            return Groups(q, scale, minimum, bits.pop())
+    rows = sum(len(part.q) for part in groups)
+    if isinstance(module, Linear) and rows == len(module.weight) and len(bits) == 1:
+        arrays = zip(*(part.arrays for part in groups), strict=True)
+        return Groups(bits.pop(), *map(torch.cat, arrays))
     for place, part in parts:
         place.view.copy_(part.dequantize())
     return groups[0] if isinstance(module, Embedding) and groups else weight

@@ -1,4 +1,4 @@
-"""The reference equals a dense softmax written out here, and the CPU kernel equals the reference,
+"""The reference equals a dense softmax written out here, and the fast kernels equal the reference,
 over batches that mix decodes and prefill chunks."""
 
 import sys
@@ -10,10 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanovllm.errors import MissingDependencyError
-from nanovllm.kernels import AttentionBackend, AttentionBatch, KVCache, attention_backend, reference
+from nanovllm.errors import ConfigError, MissingDependencyError
+from nanovllm.kernels import AttentionBatch, Backend, KVCache, choose_backend, native, reference
 
 CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+OBSTACLE = native.obstacle(CPU, BF16, 64, 16)
+needs_native = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "none")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
@@ -37,13 +40,14 @@ class Case:
     seed: int = 0
 
 
+SEQUENCES = st.lists(
+    st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))),
+    min_size=1,
+    max_size=5,
+)
 CASES = st.builds(
     Case,
-    sequences=st.lists(
-        st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20))),
-        min_size=1,
-        max_size=5,
-    ),
+    sequences=SEQUENCES,
     num_cached=st.integers(0, 2),
     block_size=st.sampled_from([1, 3, 16]),
     num_kv_heads=st.sampled_from([1, 2, 3]),
@@ -55,10 +59,34 @@ CASES = st.builds(
 )
 
 
-class Batch:
-    """Random values for a case: keys and values of every position, and where they are kept."""
+# What the native kernel can do; contexts of more than one of its chunks and segments too.
+NATIVE_CASES = st.builds(
+    Case,
+    sequences=st.one_of(
+        SEQUENCES,
+        st.lists(
+            st.tuples(st.integers(0, 600), st.sampled_from([1, 1, 2, 50])), min_size=1, max_size=3
+        ),
+    ),
+    num_cached=st.integers(0, 2),
+    block_size=st.sampled_from([16, 32, 48]),
+    num_kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 3, 4, 7, 50]),
+    head_dim=st.sampled_from([32, 64, 96, 128]),
+    window=st.one_of(st.none(), st.integers(1, 50), st.integers(100, 400)),
+    dtype=st.just(BF16),
+    seed=st.integers(0, 2**16),
+)
 
-    def __init__(self, case: Case) -> None:
+
+class Batch:
+    """Random values for a case: keys and values of every position, and where they are kept.
+
+    Args:
+        turn: the largest angle that queries and keys are turned by, in radians.
+    """
+
+    def __init__(self, case: Case, turn: float = 0) -> None:
         generator = torch.Generator().manual_seed(case.seed)
 
         def random(*shape: int) -> Tensor:
@@ -87,6 +115,11 @@ class Batch:
         )
         # What no sequence may see is large, so that a mistake shows.
         shape = (len(ids), heads, size, case.head_dim)
+        half_TD = (
+            torch.rand((len(torch.cat(slots)), case.head_dim // 2), generator=generator) * turn
+        )
+        angles_TD = half_TD.repeat(1, 2)
+        self.angles = angles_TD.cos().to(case.dtype), angles_TD.sin().to(case.dtype)
         self.cache = KVCache(*(torch.full(shape, 100.0).to(case.dtype) for _ in range(2)))
         for i, (start, count) in enumerate(case.sequences):
             known = places[i][: start + min(case.num_cached, count)]
@@ -97,18 +130,20 @@ class Batch:
         size = self.case.block_size
         return self.tables[i][positions // size] * size + positions % size
 
-    def run(self, backend: AttentionBackend) -> tuple[Tensor, KVCache]:
+    def run(self, backend: Backend, cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
         """The attended values [T, N, D], and the cache afterwards."""
         starts = [start for start, _ in self.case.sequences]
-        cache = KVCache(self.cache.k.clone(), self.cache.v.clone())
+        cache = cache or KVCache(self.cache.k.clone(), self.cache.v.clone())
         new_keys, new_values = (
             torch.cat([part[start:] for part, start in zip(parts, starts, strict=True)])
             for parts in (self.keys, self.values)
         )
         skipped = self.plan.slots < 0  # must come from the cache
         new_keys[skipped], new_values[skipped] = 77.0, 77.0
-        attention = backend.plan(self.plan, self.case.block_size, CPU)
-        out = attention(torch.cat(self.queries), new_keys, new_values, cache, self.case.window)
+        # Side by side, as a merged product leaves them.
+        counts = [part.shape[1] for part in (self.queries[0], new_keys, new_values)]
+        heads = torch.cat((torch.cat(self.queries), new_keys, new_values), dim=1).split(counts, 1)
+        out = backend.plan(self.plan, [cache]).attend(0, *heads, self.angles, self.case.window)
         return out, cache
 
     def expected(self) -> Tensor:
@@ -128,9 +163,9 @@ class Batch:
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(
-        actual.double(), expected.double(), atol=TOLERANCE[actual.dtype], rtol=0
-    )
+    rtol = 0 if actual.dtype == torch.float32 else 2**-7  # a step of bfloat16
+    atol = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=rtol)
 
 
 @settings(max_examples=25, deadline=None)
@@ -148,22 +183,102 @@ def test_the_reference_is_a_softmax_over_what_each_token_sees(case: Case) -> Non
 @example(case=Case(sequences=[(300, 1), (0, 1), (17, 1)], head_dim=64, group=3))
 @example(case=Case(sequences=[(300, 1), (5, 9)], window=33, dtype=torch.bfloat16, num_cached=1))
 def test_the_cpu_kernel_is_the_reference(case: Case) -> None:
-    batch = Batch(case)
-    actual, cache = batch.run(attention_backend("cpu", CPU, case.dtype))
+    batch = Batch(case, turn=6)
+    actual, cache = batch.run(choose("cpu", case.dtype))
     expected, expected_cache = batch.run(reference)
     assert_near(actual, expected)
     assert torch.equal(cache.k, expected_cache.k)
     assert torch.equal(cache.v, expected_cache.v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_is_the_cpu_kernel_on_a_cpu(dtype: torch.dtype) -> None:
-    assert attention_backend("auto", CPU, dtype).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+@needs_native
+@settings(max_examples=80, deadline=None)
+@given(case=NATIVE_CASES)
+@example(case=Case(sequences=[(0, 1)], head_dim=32, dtype=BF16, window=1))
+@example(case=Case(sequences=[(700, 1), (300, 60), (0, 1)], head_dim=64, group=3, dtype=BF16))
+@example(case=Case(sequences=[(16, 1), (15, 2)], head_dim=64, dtype=BF16, num_cached=1))
+def test_the_native_kernel_is_the_reference(case: Case) -> None:
+    batch = Batch(case, turn=6)
+    actual, cache = batch.run(native.Native(), to_units(batch.cache))
+    expected, expected_cache = batch.run(reference)
+    assert_near(actual, expected)
+    found = from_units(cache)
+    slots = batch.plan.slots[batch.plan.slots >= 0]
+    block, offset = slots // case.block_size, slots % case.block_size
+    assert_near(found.k[block, :, offset], expected_cache.k[block, :, offset])
+    assert torch.equal(found.v[block, :, offset], expected_cache.v[block, :, offset])
+    untouched = torch.ones(batch.cache.k.shape[0] * case.block_size, dtype=torch.bool)
+    untouched[slots], untouched[slots[slots % 2 == 0] + 1] = False, False
+    for after, before in zip(found, batch.cache, strict=True):
+        after, before = (part.transpose(1, 2).flatten(0, 1) for part in (after, before))
+        assert torch.equal(after[untouched], before[untouched])
+
+
+def to_units(cache: KVCache) -> KVCache:
+    """The native arrangement: 16 positions together, keys in pairs of D, values of positions."""
+    k, v = (part.unflatten(2, (-1, 16)) for part in cache)  # [blocks, K, units, 16, D]
+    keys = k.unflatten(4, (-1, 2)).transpose(3, 4)
+    values = v.unflatten(3, (8, 2)).transpose(4, 5)
+    return KVCache(*(part.reshape(cache.k.shape).contiguous() for part in (keys, values)))
+
+
+def from_units(cache: KVCache) -> KVCache:
+    size, units = cache.k.shape[3], cache.k.shape[2] // 16
+    keys = cache.k.reshape(*cache.k.shape[:2], units, size // 2, 16, 2).transpose(3, 4)
+    values = cache.v.reshape(*cache.k.shape[:2], units, 8, size, 2).transpose(4, 5)
+    return KVCache(keys.reshape(cache.k.shape), values.reshape(cache.k.shape))
+
+
+@needs_native
+def test_leftovers_that_are_no_numbers_do_not_reach_another_sequence() -> None:
+    batch = Batch(Case(sequences=[(20, 1), (0, 3), (4, 1)], head_dim=64, dtype=BF16))
+    expected, _ = batch.run(native.Native(), to_units(batch.cache))
+    cache = KVCache(batch.cache.k.clone(), batch.cache.v.clone())
+    seen = torch.zeros(len(cache.k) * 16, dtype=torch.bool)
+    for i, (start, count) in enumerate(batch.case.sequences):
+        seen[batch.slots(i, torch.arange(start + count))] = True
+    block, offset = (~seen).nonzero()[:, 0] // 16, (~seen).nonzero()[:, 0] % 16
+    cache.k[block, :, offset], cache.v[block, :, offset] = torch.nan, torch.nan
+    actual, _ = batch.run(native.Native(), to_units(cache))
+    assert torch.equal(actual, expected)
+
+
+def choose(name: str, dtype: torch.dtype, device: str = "cpu", *shape: int) -> Backend:
+    return choose_backend(name, torch.device(device), dtype, *(shape or (64, 16)))
+
+
+@needs_native
+def test_auto_is_the_native_kernels_for_bfloat16() -> None:
+    assert isinstance(choose("auto", BF16), native.Native)
+
+
+@pytest.mark.parametrize("shape", [(80, 16), (64, 8)])
+def test_auto_is_the_cpu_kernel_for_what_the_native_ones_cannot_do(shape: tuple[int, int]) -> None:
+    assert choose("auto", BF16, "cpu", *shape).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+    assert choose("auto", torch.float32).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+
+
+def test_naming_the_native_kernels_for_what_they_cannot_do_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"native.*: needs heads of 32·n and blocks of 16·n, not 80 and 16"
+    ):
+        choose("native", BF16, "cpu", 80, 16)
+    with pytest.raises(ConfigError, match=r"computes in bfloat16 on a CPU, not in torch.float32"):
+        choose("native", torch.float32)
+
+
+def test_a_cpu_without_the_instructions_gets_the_next_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert choose("auto", BF16).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"this CPU lacks avx512_bf16, avx512_vnni"):
+        choose("native", BF16)
 
 
 def test_auto_is_the_reference_for_what_the_cpu_kernel_cannot_do() -> None:
-    assert attention_backend("auto", CPU, torch.float16) is reference
-    assert attention_backend("auto", torch.device("cuda"), torch.bfloat16) is reference
+    assert choose("auto", torch.float16) is reference
+    assert choose("auto", BF16, "cuda") is reference
 
 
 def test_without_numba_auto_is_the_reference_and_cpu_names_the_extra(
@@ -171,6 +286,6 @@ def test_without_numba_auto_is_the_reference_and_cpu_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "nanovllm.kernels.cpu", raising=False)
-    assert attention_backend("auto", CPU, torch.float32) is reference
+    assert choose("auto", torch.float32) is reference
     with pytest.raises(MissingDependencyError, match=r"attention_backend='cpu' needs .* numba"):
-        attention_backend("cpu", CPU, torch.float32)
+        choose("cpu", torch.float32)

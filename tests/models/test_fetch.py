@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
+from nanovllm.cache import cache_root
 from nanovllm.errors import ModelLoadError
 from nanovllm.models import fetch as fetch_module
 from nanovllm.models import gguf
 from nanovllm.models.checkpoint import locate, open_tensors, read_config
-from nanovllm.cache import cache_root
 from nanovllm.models.fetch import fetch
 from tests.models.gguf_files import small_gguf
 

@@ -5,8 +5,10 @@ The sources beside this file are read in this order: tile.h, linear.cpp, attenti
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,47 +70,44 @@ class Native:
         self, weight: Tensor | Groups, bias: Tensor | None, quantization: str | None,
         dtype: torch.dtype, result: torch.dtype,
     ) -> Product:  # fmt: skip
-        columns, size = weight.q.shape if isinstance(weight, Groups) else weight.shape
-        head = result == torch.float32  # four bits would show in every token
-        if size % 32 and (isinstance(weight, Groups) or quantization):
+        columns, size = weight.shape
+        grouped = isinstance(weight, Groups)
+        if size % 2 or (size % 32 and (grouped or quantization)):
             return reference.pack(weight, bias, quantization, dtype, result)
-        if size % 2:
-            return reference.pack(weight, bias, quantization, dtype, result)
-        kernels, planes = self.kernels, []
-        if isinstance(weight, Groups) or (quantization == "int4" and not head):
-            form, function = pack_groups, kernels.linear_groups
-            planes = [weight.bits // 4 if isinstance(weight, Groups) else 1]
+        kernels, last = self.kernels, [columns, size]
+        head = result == torch.float32  # keeps 8 bits, as llama.cpp's files do
+        if grouped or (quantization == "int4" and not head):
+            arrays, function = in_slices(pack_groups, weight), kernels.linear_groups
+            last.append(weight.bits // 4 if isinstance(weight, Groups) else 1)
         elif quantization in ("int8", "int4"):
-            form, function = pack_int8, kernels.linear_int8
-            planes = [64 if size % 64 == 0 else 32]
+            arrays, function = in_slices(pack_int8, weight), kernels.linear_int8
+            last.append(64 if size % 64 == 0 else 32)
         else:
-            form, function = pack_bf16, kernels.linear_bf16
-        parts = [form(part) for part in slices(weight)]
-        arrays = [torch.cat(arrays) for arrays in zip(*parts, strict=True)]
-        return Panels(function, arrays, bias, columns, size, result, planes)
+            arrays, function = in_slices(pack_bf16, weight), kernels.linear_bf16
+        return Panels(function, arrays, bias, last, result)
 
 
 class Panels:
     """A product with weights in panels of 32 columns.
 
     Args:
-        arrays: the weights in the form that `function` reads. arguments: what it takes at the end.
+        function: of linear.cpp. arrays: the weights as it reads them. last: what it takes at the
+            end, first of all the columns and the size of x.
     """
 
     def __init__(
-        self, function: "ctypes._NamedFuncPointer", arrays: list[Tensor], bias: Tensor | None,
-        columns: int, size: int, result: torch.dtype, arguments: list[int],
+        self, function: Any, arrays: list[Tensor], bias: Tensor | None, last: list[int],
+        result: torch.dtype,
     ) -> None:  # fmt: skip
-        self.function, self.columns, self.result = function, columns, result
-        self.kept = arrays, bias
+        self.function, self.last, self.result = function, last, result
+        self.kept = arrays, bias  # the pointers are into these
         self.pointers = [array.data_ptr() for array in arrays]
         self.pointers.append(0 if bias is None else bias.data_ptr())
-        self.last = [columns, size, *arguments]
         self.is_float = int(result == torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         x, rows = x.contiguous(), x.shape[0]
-        y = torch.empty((rows, self.columns), dtype=self.result)
+        y = torch.empty((rows, self.last[0]), dtype=self.result)
         pointers, y_pointer = self.pointers, y.data_ptr()
         self.function(x.data_ptr(), *pointers, y_pointer, self.is_float, rows, *self.last)
         return y
@@ -117,15 +116,19 @@ class Panels:
 def panels(array: Tensor) -> Tensor:
     """[N, ...] as [panels, 32, ...], with rows of zeros to fill the last."""
     rows = torch.zeros((-len(array) % COLUMNS, *array.shape[1:]), dtype=array.dtype)
-    return torch.cat((array, rows)).unflatten(0, (-1, COLUMNS))
+    whole: Tensor = torch.cat((array, rows)).unflatten(0, (-1, COLUMNS))
+    return whole
 
 
-def slices(weight: Tensor | Groups) -> list[Tensor] | list[Groups]:
-    """Some rows at a time, so that what packing needs in between stays small."""
-    if isinstance(weight, Tensor):
-        return list(weight.split(64 * COLUMNS))
-    parts = zip(*(part.split(64 * COLUMNS) for part in weight[:3]), strict=True)
-    return [Groups(*part, weight.bits) for part in parts]
+def in_slices(form: Callable[[Any], list[Tensor]], weight: Tensor | Groups) -> list[Tensor]:
+    """What `form` makes of the weight, some rows at a time: its temporaries stay small."""
+    rows = 64 * COLUMNS
+    if isinstance(weight, Groups):
+        parts = zip(*(part.split(rows) for part in weight.arrays), strict=True)
+        slices: Any = [Groups(weight.bits, *part) for part in parts]
+    else:
+        slices = weight.split(rows)
+    return [torch.cat(arrays) for arrays in zip(*map(form, slices), strict=True)]
 
 
 def pack_bf16(weight: Tensor) -> list[Tensor]:
@@ -150,7 +153,8 @@ def pack_groups(weight: Tensor | Groups) -> list[Tensor]:
         bytes_ = low | high << 4  # [panels, 16 columns, G, 16 pairs, 2]
         parts.append(bytes_.permute(0, 2, 3, 1, 4).flatten(2))
     for halves in (groups.scale, groups.minimum):
-        parts.append(panels(halves).transpose(1, 2).contiguous().view(torch.uint8))
+        lines = panels(halves).transpose(1, 2).contiguous()  # [panels, G, 32]
+        parts.append(lines.view(torch.uint8))
     return [torch.cat(parts, dim=2)]
 
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from nanovllm.cache import cache_root
 
 SOURCES = Path(__file__).parent
-OPTIONS = "-O3 -march=native -std=c++20 -fopenmp -fPIC -w".split()
+OPTIONS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-w"]
 
 
 class CompileError(Exception):
