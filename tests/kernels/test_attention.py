@@ -215,17 +215,19 @@ def test_the_native_kernel_is_the_reference(case: Case) -> None:
 
 
 def to_units(cache: KVCache) -> KVCache:
-    """The native arrangement: 16 positions together, keys in pairs of D, values of positions."""
+    """The native arrangement: 16 positions together, keys in pairs of D, values in pairs of
+    positions for 32 of D at a time."""
     k, v = (part.unflatten(2, (-1, 16)) for part in cache)  # [blocks, K, units, 16, D]
     keys = k.unflatten(4, (-1, 2)).transpose(3, 4)
-    values = v.unflatten(3, (8, 2)).transpose(4, 5)
+    values = v.unflatten(3, (8, 2)).unflatten(5, (-1, 32)).permute(0, 1, 2, 5, 3, 6, 4)
     return KVCache(*(part.reshape(cache.k.shape).contiguous() for part in (keys, values)))
 
 
 def from_units(cache: KVCache) -> KVCache:
     size, units = cache.k.shape[3], cache.k.shape[2] // 16
     keys = cache.k.reshape(*cache.k.shape[:2], units, size // 2, 16, 2).transpose(3, 4)
-    values = cache.v.reshape(*cache.k.shape[:2], units, 8, size, 2).transpose(4, 5)
+    values = cache.v.reshape(*cache.k.shape[:2], units, size // 32, 8, 32, 2)
+    values = values.permute(0, 1, 2, 4, 6, 3, 5)
     return KVCache(keys.reshape(cache.k.shape), values.reshape(cache.k.shape))
 
 

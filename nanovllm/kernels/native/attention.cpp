@@ -3,12 +3,15 @@
 //
 // A block of one key-value head is made of units of 16 positions, laid out for `tile`:
 //
-//     keys    [D / 2][16 positions][2]     scores = queries x keys: sums over D
-//     values  [8 pairs][D][2]              output = weights x values: sums over positions
+//     keys    [D / 2][16 positions][2]        scores = queries x keys: sums over D
+//     values  [D / 32][8 pairs][32][2]        output = weights x values: sums over positions
 //
-// A work item is one key-value head of a few neighbouring queries of one sequence: its rows are
-// those queries' heads of the group, all of which read the same keys. A single query, of a decode,
-// is split along its context instead, and the parts are put together at the end.
+// A work item is one key-value head of a few neighbouring queries of one sequence, whose rows are
+// those queries' heads of the group: all read the same keys. A single query, of a decode, waits for
+// memory, not for products: its item is a part of its context with all heads, so that blocks are
+// read as they lie, and the parts are put together at the end.
+#include <omp.h>
+
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -17,10 +20,9 @@
 
 namespace {
 
-constexpr long UNIT = 16;      // positions
-constexpr long CHUNK = 128;    // positions whose scores are held at once
-constexpr long SEGMENT = 256;  // positions of a part of a single query's context
-constexpr long ROWS = 48;      // queries times heads of an item, if a group is not larger
+constexpr long UNIT = 16;    // positions
+constexpr long CHUNK = 128;  // positions whose scores are held at once
+constexpr long ROWS = 48;    // queries times heads of an item, if a group is not larger
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Rotation {  // cos, sin: [T, D] with equal halves
@@ -42,58 +44,60 @@ struct Cache {
   bf16 *k, *v;
   long heads, block_size, size;
 
-  // Where the unit that holds a slot starts, in k as in v.
-  long unit(long slot, long head) const {
-    long block = slot / block_size, offset = slot % block_size / UNIT;
-    return ((block * heads + head) * block_size + offset * UNIT) * size;
+  // Where the unit of a block that holds an offset starts, in k as in v.
+  long unit(long block, long offset, long head) const {
+    return ((block * heads + head) * block_size + offset / UNIT * UNIT) * size;
   }
 
   // `last`: no neighbour follows in this step. Its half of the pair is cleared, so that weights of
   // zero meet no leftover that is not a number.
   void put(long slot, long head, const bf16* key, const bf16* value, bool last) const {
-    long at = slot % UNIT, start = unit(slot, head);
+    long at = slot % block_size % UNIT;
+    long start = unit(slot / block_size, slot % block_size, head);
     for (long pair = 0; pair < size / 2; pair++)
       std::memcpy(k + start + (pair * UNIT + at) * 2, key + 2 * pair, 4);
-    bf16* row = v + start + at / 2 * size * 2 + at % 2;
-    for (long d = 0; d < size; d++) row[2 * d] = value[d];
-    if (last && at % 2 == 0)
-      for (long d = 0; d < size; d++) row[2 * d + 1] = 0;
+    for (long d = 0; d < size; d++) {
+      bf16* pair = v + start + d / COLUMNS * COLUMNS * UNIT + at / 2 * 64 + d % COLUMNS * 2;
+      pair[at % 2] = value[d];
+      if (last && at % 2 == 0) pair[1] = 0;
+    }
   }
 };
 
 struct Item {
-  long sequence, head, query, queries, begin, end;  // positions [begin, end) of the context
+  long sequence, head, heads, query, queries, begin, end;  // positions [begin, end) of the context
   long part;  // its place among the parts, or -1 if it is whole
 };
 
 struct Join {  // the parts of one query's context
-  long sequence, head, part, parts;
+  long sequence, part, parts;
 };
 
 // The rows of an item: what is added up, its maximum and the sum of the weights so far.
 struct Rows {
-  long count, size;
+  long size;
   std::vector<bf16> q, weights;
   std::vector<float> scores, sums, most, total;
 
-  Rows(long most_rows, long size)
-      : size(size), q(most_rows * size), weights(most_rows * CHUNK), scores(most_rows * CHUNK),
-        sums(most_rows * size), most(most_rows), total(most_rows) {}
+  Rows(long rows, long size)
+      : size(size), q(rows * size), weights(rows * CHUNK), scores(rows * CHUNK), sums(rows * size),
+        most(rows), total(rows) {}
 
   void reset(long rows) {
-    count = rows;
     std::fill(sums.begin(), sums.begin() + rows * size, 0.0f);
     std::fill(most.begin(), most.begin() + rows, NEVER);
     std::fill(total.begin(), total.begin() + rows, 0.0f);
   }
 
-  // Scores of the queries with two units of keys, into columns from `at` on. next: see `tile`.
-  void score(const bf16* unit0, const bf16* unit1, const bf16* next0, const bf16* next1, long at) {
-    in_parts(count, MAX_ROWS, [&](long first, long some) {
+  // Scores of `count` rows with two units of keys, into columns from `at` on. next: see `tile`.
+  void score(long row, long count, const bf16* const (&k)[2], const bf16* const (&next)[2],
+             long at) {
+    in_parts(count, MAX_ROWS, [&](long part, long some) {
       with_rows(some, [&](auto R) {
+        long first = row + part;
         __m512 acc[R][2];
         clear(acc);
-        tile<R>(&q[first * size], size, unit0, unit1, 2 * UNIT, size / 2, next0, next1, acc);
+        tile<R>(&q[first * size], size, k[0], k[1], 2 * UNIT, size / 2, next[0], next[1], acc);
         unrolled<R>([&](auto r) {
           _mm512_storeu_ps(&scores[(first + r) * CHUNK + at], acc[r][0]);
           _mm512_storeu_ps(&scores[(first + r) * CHUNK + at + LANES], acc[r][1]);
@@ -131,19 +135,21 @@ struct Rows {
       }
   }
 
-  // Adds the weighted values of some units, of which `positions` count. next: units soon read.
-  void add(const bf16* const* units, const bf16* const* next, long positions) {
+  // Adds the values of columns [at, end), weighted, to `count` rows. v(i): the unit of column i;
+  // next(i): what is read after it.
+  template <class V, class Next>
+  void add(long row, long count, long at, long end, V&& v, Next&& next) {
     for (long d = 0; d < size; d += COLUMNS)
-      in_parts(count, MAX_ROWS, [&](long first, long some) {
+      in_parts(count, MAX_ROWS, [&](long part, long some) {
         with_rows(some, [&](auto R) {
+          long first = row + part;
           __m512 acc[R][2];
           clear(acc);
-          for (long at = 0; at < positions; at += UNIT) {
-            const bf16* v = units[at / UNIT] + 2 * d;
-            long pairs = std::min(UNIT, positions - at + 1) / 2;
-            const bf16* soon = next[at / UNIT] + d * UNIT;
-            tile<R>(&weights[first * CHUNK + at], CHUNK, v, v + 32, 2 * size, pairs, soon,
-                    soon + 8 * UNIT * 2, acc);
+          for (long i = at; i < end; i += UNIT) {
+            const bf16 *from = v(i) + d * UNIT, *soon = next(i) + d * UNIT;
+            long pairs = std::min(UNIT, end - i + 1) / 2;
+            tile<R>(&weights[first * CHUNK + i], CHUNK, from, from + 32, 64, pairs, soon, soon + 32,
+                    acc);
           }
           unrolled<R>([&](auto r) {
             float* to = &sums[(first + r) * size + d];
@@ -179,25 +185,29 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
   std::vector<Item> items;
   std::vector<Join> joins;
   long num_parts = 0;
+  // Parts of a context: large, unless there are too few sequences to keep all threads busy.
+  long part_length = num_seqs < 2 * omp_get_max_threads() ? 64 : 512;
   for (long b = 0; b < num_seqs; b++) {
     long queries = query_starts[b + 1] - query_starts[b], past = context_lens[b] - queries;
-    for (long head = 0; head < kv_heads; head++)
+    long heads_each = queries == 1 ? kv_heads : 1;
+    for (long head = 0; head < kv_heads; head += heads_each)
       in_parts(queries, most_queries, [&](long first, long count) {
         long begin = window ? std::max(0L, past + first + 1 - window) : 0;
-        long end = past + first + count, length = queries == 1 ? SEGMENT : end;
+        long end = past + first + count, length = queries == 1 ? part_length : end;
         begin = begin / UNIT * UNIT;
         bool whole = end - begin <= length;
-        if (!whole) joins.push_back({b, head, num_parts, (end - begin + length - 1) / length});
+        if (!whole) joins.push_back({b, num_parts, (end - begin + length - 1) / length});
         for (; begin < end; begin += length)
-          items.push_back({b, head, first, count, begin, std::min(end, begin + length),
+          items.push_back({b, head, heads_each, first, count, begin, std::min(end, begin + length),
                            whole ? -1 : num_parts++});
       });
   }
-  std::vector<float> parts(num_parts * group * (size + 2));
+  std::vector<float> parts(num_parts * heads * (size + 2));
 
   auto unit = [&](const Item& item, long at) {
-    int64_t block = tables[item.sequence * table_stride + at / block_size];
-    return cache.unit(block * block_size + at % block_size, item.head);
+    unsigned position = at, size = block_size;  // divided sooner than long ones
+    long block = tables[item.sequence * table_stride + position / size];
+    return cache.unit(block, position % size, item.head);
   };
 
 #pragma omp parallel if (tokens > 1 || items.size() > 1)
@@ -213,53 +223,71 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
       }
     }
 
-    Rows rows(most_queries * group, size);
+    Rows rows(std::max(most_queries * group, heads), size);
 #pragma omp for schedule(dynamic)
     for (size_t index = 0; index < items.size(); index++) {
       const Item& item = items[index];
+      const Item& then = items[std::min(index + 1, items.size() - 1)];
       long token = query_starts[item.sequence] + item.query;
       long position = context_lens[item.sequence] - query_starts[item.sequence + 1] + token;
-      rows.reset(item.queries * group);
-      for (long row = 0; row < rows.count; row++) {
-        const bf16* from = q + (token + row / group) * q_stride;
-        from += (item.head * group + row % group) * size;
-        rotation.turn(from, token + row / group, &rows.q[row * size]);
+      long per_head = item.queries * group, count = per_head * item.heads;
+      // A row is a head of the group, of a query, of a key-value head.
+      auto query_of = [&](long row) { return row % per_head / group; };
+      auto head_of = [&](long row) { return (item.head + row / per_head) * group + row % group; };
+      rows.reset(count);
+      for (long row = 0; row < count; row++) {
+        const bf16* from = q + (token + query_of(row)) * q_stride + head_of(row) * size;
+        rotation.turn(from, token + query_of(row), &rows.q[row * size]);
       }
       for (long chunk = item.begin; chunk < item.end; chunk += CHUNK) {
         long positions = std::min(CHUNK, item.end - chunk);
         long padded = (positions + COLUMNS - 1) / COLUMNS * COLUMNS;
-        const bf16* values[CHUNK / UNIT];
-        const bf16* next[CHUNK / UNIT];
-        for (long at = 0; at < CHUNK; at += UNIT) {
-          bool here = chunk + CHUNK < item.end || index + 1 == items.size();
-          const Item& then = here ? item : items[index + 1];
-          long from = here ? chunk + CHUNK + at : then.begin + at;
-          next[at / UNIT] = cache.k + unit(then, std::min(from, then.end - 1));
+        long units[CHUNK / UNIT + 2];  // of this chunk, and the first two of the next
+        for (long at = 0; at < padded; at += UNIT)
+          units[at / UNIT] = unit(item, chunk + std::min(at, positions - 1));
+        bool more = chunk + CHUNK < item.end;
+        long after = more ? chunk + CHUNK : then.begin;
+        for (long i = 0; i < 2; i++)
+          units[padded / UNIT + i] =
+              unit(more ? item : then, std::min(after + i * UNIT, (more ? item : then).end - 1));
+
+        for (long at = 0; at < padded; at += COLUMNS) {
+          const long* now = units + at / UNIT;
+          bool ends = at + COLUMNS == padded;  // keys are followed by the values
+          const bf16* base = ends ? cache.v : cache.k;
+          const long* soon = ends ? units : now + 2;
+          for (long h = 0; h < item.heads; h++) {
+            long shift = h * block_size * size;
+            rows.score(h * per_head, per_head, {cache.k + now[0] + shift, cache.k + now[1] + shift},
+                       {base + soon[0] + shift, base + soon[1] + shift}, at);
+          }
         }
-        for (long at = 0; at < positions; at += COLUMNS) {
-          long one = unit(item, chunk + at);
-          long two = at + UNIT < positions ? unit(item, chunk + at + UNIT) : one;
-          values[at / UNIT] = cache.v + one;
-          values[at / UNIT + 1] = cache.v + two;
-          rows.score(cache.k + one, cache.k + two, cache.v + one, cache.v + two, at);
-        }
-        for (long row = 0; row < rows.count; row++) {
-          long end = position + row / group + 1 - chunk;
+        for (long row = 0; row < count; row++) {
+          long end = position + query_of(row) + 1 - chunk;
           rows.weigh(row, window ? end - window : 0, std::min(end, positions), padded, scale);
         }
-        rows.add(values, next, positions);
+        long step = item.heads > 1 ? COLUMNS : CHUNK;
+        for (long at = 0; at < positions; at += step)
+          for (long h = 0; h < item.heads; h++) {
+            long shift = h * block_size * size;
+            auto value = [&](long i) { return cache.v + units[i / UNIT] + shift; };
+            auto next = [&](long i) {
+              bool ends = i + COLUMNS >= padded;
+              return (ends ? cache.k : cache.v) + units[i / UNIT + 2] + shift;
+            };
+            rows.add(h * per_head, per_head, at, std::min(at + step, positions), value, next);
+          }
       }
-      for (long row = 0; row < rows.count; row++) {
-        long head = item.head * group + row % group;
+      for (long row = 0; row < count; row++) {
         const float* sums = &rows.sums[row * size];
         if (item.part >= 0) {
-          float* to = &parts[(item.part * group + row) * (size + 2)];
+          float* to = &parts[(item.part * heads + head_of(row)) * (size + 2)];
           std::memcpy(to, sums, size * 4);
           to[size] = rows.most[row];
           to[size + 1] = rows.total[row];
           continue;
         }
-        bf16* to = out + ((token + row / group) * heads + head) * size;
+        bf16* to = out + ((token + query_of(row)) * heads + head_of(row)) * size;
         __m512 by = _mm512_set1_ps(1 / rows.total[row]);
         for (long d = 0; d < size; d += LANES)
           store(to + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), by));
@@ -268,15 +296,15 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
 
     // Each part weighs as much as its sum, moved to the common maximum.
 #pragma omp for schedule(static)
-    for (size_t index = 0; index < joins.size() * group; index++) {
-      const Join& join = joins[index / group];
-      long row = index % group, step = group * (size + 2);
-      const float* first = &parts[(join.part * group + row) * (size + 2)];
+    for (size_t index = 0; index < joins.size() * heads; index++) {
+      const Join& join = joins[index / heads];
+      long head = index % heads, step = heads * (size + 2);
+      const float* first = &parts[(join.part * heads + head) * (size + 2)];
       float top = NEVER, total = 0;
       for (long i = 0; i < join.parts; i++) top = std::max(top, first[i * step + size]);
       for (long i = 0; i < join.parts; i++)
         total += first[i * step + size + 1] * std::exp(first[i * step + size] - top);
-      bf16* to = out + (query_starts[join.sequence] * heads + join.head * group + row) * size;
+      bf16* to = out + (query_starts[join.sequence] * heads + head) * size;
       for (long d = 0; d < size; d += LANES) {
         __m512 sum = _mm512_setzero_ps();
         for (long i = 0; i < join.parts; i++) {

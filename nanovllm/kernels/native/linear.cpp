@@ -51,8 +51,8 @@ void multiply(const bf16* x, const bf16* panel, const Output& out, long column, 
       __m512 acc[R][2];
       long row = first + part;
       clear(acc);
-      const bf16* next = panel + size * COLUMNS;  // the panel that follows
-      tile<R>(x + row * size, size, panel, panel + 32, 64, size / 2, next, next + size / 2 * 32, acc);
+      const bf16* next = panel + 2048;  // at the end of a panel, the one that follows
+      tile<R>(x + row * size, size, panel, panel + 32, 64, size / 2, next, next + 32, acc);
       unrolled<R>([&](auto r) {
         out.put(row + r, column, acc[r][0]);
         out.put(row + r, column + LANES, acc[r][1]);

@@ -56,32 +56,46 @@ inline __attribute__((always_inline)) void unrolled(F&& f) {
   }(std::make_integer_sequence<int, COUNT>());
 }
 
+template <int R>
+inline __attribute__((always_inline)) void clear(__m512 (&acc)[R][2]) {
+  unrolled<R>([&](auto r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+}
+
 // acc[r] += row r of a times 32 columns, over `pairs` pairs.
 //   a: R rows, `lda` apart. b0, b1: 16 columns each, a pair's columns `stride` elements after the
-//   pair before. next0, next1: what will be read soon, fetched meanwhile, a cache line a pair each.
+//   pair before. next0, next1: what will be read soon, in the same steps, is fetched meanwhile.
 template <int R>
 inline __attribute__((always_inline)) void tile(const bf16* a, long lda, const bf16* b0,
                                                 const bf16* b1, long stride, long pairs,
                                                 const bf16* next0, const bf16* next1,
                                                 __m512 (&acc)[R][2]) {
-  for (long p = 0; p < pairs; p++) {
+  auto add = [&](long p, __m512(&to)[R][2]) __attribute__((always_inline)) {
     __m512i left = _mm512_loadu_si512(b0 + p * stride);
     __m512i right = _mm512_loadu_si512(b1 + p * stride);
-    _mm_prefetch((const char*)(next0 + p * 32), _MM_HINT_T0);
-    _mm_prefetch((const char*)(next1 + p * 32), _MM_HINT_T0);
+    _mm_prefetch((const char*)(next0 + p * stride), _MM_HINT_T1);
+    _mm_prefetch((const char*)(next1 + p * stride), _MM_HINT_T1);
     unrolled<R>([&](auto r) {
       int pair;
       std::memcpy(&pair, a + r * lda + 2 * p, 4);
       __m512i both = _mm512_set1_epi32(pair);
-      acc[r][0] = dot_pairs(acc[r][0], both, left);
-      acc[r][1] = dot_pairs(acc[r][1], both, right);
+      to[r][0] = dot_pairs(to[r][0], both, left);
+      to[r][1] = dot_pairs(to[r][1], both, right);
+    });
+  };
+  long p = 0;
+  if constexpr (R <= MAX_ROWS / 3) {  // few sums would wait for each other: two sets of them
+    __m512 other[R][2];
+    clear(other);
+    for (; p + 1 < pairs; p += 2) {
+      add(p, acc);
+      add(p + 1, other);
+    }
+    unrolled<R>([&](auto r) {
+      acc[r][0] = _mm512_add_ps(acc[r][0], other[r][0]);
+      acc[r][1] = _mm512_add_ps(acc[r][1], other[r][1]);
     });
   }
-}
-
-template <int R>
-inline __attribute__((always_inline)) void clear(__m512 (&acc)[R][2]) {
-  unrolled<R>([&](auto r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+  for (; p < pairs; p++) add(p, acc);
 }
 
 // Calls f with the number of rows as a constant, so that its loops over rows unroll.
