@@ -42,6 +42,21 @@ class AttentionBatch(NamedTuple):
     slots: Tensor
 
 
+class Form(NamedTuple):
+    """What a product is to be.
+
+    Attributes:
+        dtype: of x. result: of the product.
+        quantization: "int8" or "int4" rounds the weight.
+        gated: silu(gate) · up, where gate and up are the halves of the product: [rows, out / 2].
+    """
+
+    dtype: torch.dtype
+    result: torch.dtype
+    quantization: str | None = None
+    gated: bool = False
+
+
 class Ops(Protocol):
     """What happens in a model between its products, planned for one batch."""
 
@@ -64,9 +79,6 @@ class Ops(Protocol):
     def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Add x to the residual stream, in place, and return the norm of that."""
 
-    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
-        """silu(gate) · up, the halves of the input: [T, F]."""
-
 
 class Backend(Protocol):
     """Kernels that belong together."""
@@ -74,19 +86,8 @@ class Backend(Protocol):
     def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> Ops:
         """Work out once a step what every layer needs. caches: one for each layer."""
 
-    def pack(
-        self,
-        weight: Tensor | Groups,
-        bias: Tensor | None,
-        quantization: str | None,
-        dtype: torch.dtype,
-        result: torch.dtype,
-    ) -> Product:
-        """The product with a weight [out, in], brought once into the order it is read in.
-
-        Args:
-            quantization: "int8" or "int4" rounds the weight. dtype: of x. result: of the product.
-        """  # fmt: skip
+    def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
+        """The product with a weight [out, in], brought once into the order it is read in."""
 
 
 def choose_backend(

@@ -28,6 +28,9 @@ class Groups(NamedTuple):
     def shape(self) -> torch.Size:
         return self.q.shape
 
+    def take(self, rows: Tensor) -> "Groups":
+        return Groups(self.bits, *(array[rows] for array in self.arrays))
+
     @property
     def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.scale, self.minimum

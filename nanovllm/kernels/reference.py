@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels import Angles, AttentionBatch, KVCache, Product
+from nanovllm.kernels import Angles, AttentionBatch, Form, KVCache, Product
 from nanovllm.kernels.quantized import Groups, rounded
 
 
@@ -51,28 +51,29 @@ class ReferenceOps:
     def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.norm(residual_TH.add_(x_TH), weight, eps)
 
-    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        return F.silu(gate_TF) * up_TF
-
 
 plan = ReferenceOps
 
 
-def pack(
-    weight: Tensor | Groups,
-    bias: Tensor | None,
-    quantization: str | None,
-    dtype: torch.dtype,
-    result: torch.dtype,
-) -> Product:
+def pack(weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
     """The weight's rounded values, multiplied as any others are."""
-    dense = rounded(weight, quantization, dtype)
-    return partial(multiply, weight=dense, bias=bias, result=result)
+    dense = rounded(weight, form.quantization, form.dtype)
+    return partial(multiply, weight=dense, bias=bias, form=form)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
-    return F.linear(x, weight, bias).to(result)
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    return finish(F.linear(x, weight, bias), form)
+
+
+def finish(y: Tensor, form: Form) -> Tensor:
+    """What follows a product."""
+    return (silu_mul(y) if form.gated else y).to(form.result)
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """silu(gate) · up (Shazeer, 2020): [T, F]."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
 
 
 def rotate(x_TND: Tensor, angles: Angles) -> Tensor:

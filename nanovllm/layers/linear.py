@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.kernels import Product
+from nanovllm.kernels.reference import silu_mul
+from nanovllm.layers.module import Module
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """A vector for each token id: weight [V, H]."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
@@ -20,12 +22,14 @@ class Embedding(nn.Module):
         return F.embedding(input_ids_T, self.weight)
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """y = x Wᵀ + b, with W [out_features, in_features].
 
     Attributes:
         product: does the same once a backend has packed W; W is given up then.
     """
+
+    gated = False
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -34,7 +38,10 @@ class Linear(nn.Module):
         self.product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x) if self.product else F.linear(x, self.weight, self.bias)
+        if self.product:
+            return self.product(x)
+        y = F.linear(x, self.weight, self.bias)
+        return silu_mul(y) if self.gated else y
 
 
 class MergedLinear(Linear):
@@ -55,3 +62,9 @@ class MergedLinear(Linear):
             split = parameter.data.split(list(self.parts.values()))
             views |= {f"{part}.{kind}": v for part, v in zip(self.parts, split, strict=True)}
         return views
+
+
+class GatedLinear(MergedLinear):
+    """silu(x Gᵀ) · x Uᵀ, with G and U of the same size (Shazeer, 2020)."""
+
+    gated = True

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels import Ops
+from nanovllm.layers.module import Module
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """See kernels.Ops.norm."""
 
     def __init__(self, size: int, eps: float) -> None:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels import Angles, Ops
-from nanovllm.layers.linear import Embedding, Linear, MergedLinear
+from nanovllm.layers.linear import Embedding, GatedLinear, Linear, MergedLinear
+from nanovllm.layers.module import Module
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rope import Rope
 from nanovllm.models.config import ModelConfig
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(Module):
     """Grouped-query attention: N query heads, K key-value heads, N/K queries to each."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -40,29 +41,32 @@ class LlamaAttention(nn.Module):
         """For the families that normalise queries and keys before they are turned."""
         return q_TND, k_TKD
 
-    def forward(self, x_TH: Tensor, angles: Angles, ops: Ops) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, angles: Angles, ops: Ops, rows_R: Tensor | None = None
+    ) -> Tensor:
+        """[T, H], or [R, H] for only those rows."""
         heads = self.qkv_proj(x_TH).view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads.split(self.heads, dim=1)
         q_TND, k_TKD = self.norm_heads(q_TND, k_TKD, ops)
         attended_TND = ops.attend(self.layer, q_TND, k_TKD, v_TKD, angles, self.window)
-        return self.o_proj(attended_TND.flatten(1))
+        return self.o_proj((attended_TND if rows_R is None else attended_TND[rows_R]).flatten(1))
 
 
-class LlamaMLP(nn.Module):
+class LlamaMLP(Module):
     """down(silu(gate(x)) · up(x)), the gated unit of Shazeer (2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.intermediate_size
         sizes = {"gate_proj": size, "up_proj": size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
+        self.gate_up_proj = GatedLinear(config.hidden_size, sizes, bias=config.mlp_bias)
         self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TH: Tensor, ops: Ops) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x_TH)))
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.down_proj(self.gate_up_proj(x_TH))
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Module):
     """One block of the transformer; the residual stream beside x is added to in place."""
 
     attention_class: type[LlamaAttention] = LlamaAttention
@@ -77,14 +81,19 @@ class LlamaLayer(nn.Module):
     def make_mlp(self, config: ModelConfig, layer: int) -> nn.Module:
         return LlamaMLP(config)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor, angles: Angles, ops: Ops) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor, angles: Angles, ops: Ops, rows_R: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x and the residual stream of all tokens, or of the rows: those wanted after this."""
         x_TH = self.input_layernorm.add(x_TH, residual_TH, ops)
-        x_TH = self.self_attn(x_TH, angles, ops)
+        x_TH = self.self_attn(x_TH, angles, ops, rows_R)
+        if rows_R is not None:
+            residual_TH = residual_TH[rows_R]
         x_TH = self.post_attention_layernorm.add(x_TH, residual_TH, ops)
-        return self.mlp(x_TH, ops)
+        return self.mlp(x_TH), residual_TH
 
 
-class LlamaModel(nn.Module):
+class LlamaModel(Module):
     """From token ids to the normalised hidden states."""
 
     def __init__(self, config: ModelConfig, layer_class: type[LlamaLayer]) -> None:
@@ -93,15 +102,18 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids_T: Tensor, angles: Angles, ops: Ops) -> Tensor:
+    def forward(
+        self, input_ids_T: Tensor, angles: Angles, ops: Ops, rows_R: Tensor | None
+    ) -> Tensor:
         x_TH = self.embed_tokens(input_ids_T)
         residual_TH = torch.zeros_like(x_TH)
-        for layer in self.layers:
-            x_TH = layer(x_TH, residual_TH, angles, ops)
+        for i, layer in enumerate(self.layers, 1):
+            rows = rows_R if i == len(self.layers) else None  # no layer needs the others after it
+            x_TH, residual_TH = layer(x_TH, residual_TH, angles, ops, rows)
         return self.norm.add(x_TH, residual_TH, ops)
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(Module):
     """The model and its head. Attribute names are those of the checkpoints.
 
     Args:
@@ -121,9 +133,15 @@ class LlamaForCausalLM(nn.Module):
         device = self.lm_head.weight.device
         self.rope = Rope(*rope, *lengths, dtype=torch.get_default_dtype(), device=device)
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ops: Ops) -> Tensor:
-        """Hidden states [T, H] after the last norm. ops: planned for these tokens."""
-        return self.model(input_ids_T, self.rope.select(positions_T), ops)
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, ops: Ops, rows_R: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm: [T, H], or [R, H] if only those rows are wanted.
+
+        Args:
+            ops: planned for these tokens.
+        """
+        return self.model(input_ids_T, self.rope.select(positions_T), ops, rows_R)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits [R, V] of the rows that are sampled."""

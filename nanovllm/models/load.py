@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import Backend
+from nanovllm.kernels import Backend, Form
 from nanovllm.kernels.quantized import Groups
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.models.checkpoint import open_tensors
@@ -53,8 +53,10 @@ def load_model(
         if isinstance(module, Embedding) and config.tie_word_embeddings:
             pack(model.lm_head, weight)
         if isinstance(module, Linear):
-            result = torch.float32 if module is model.lm_head else dtype
-            module.product = backend.pack(weight, module.bias, quantization, dtype, result)
+            head = module is model.lm_head
+            kind = "int8" if head and quantization == "int4" else quantization
+            form = Form(dtype, torch.float32 if head else dtype, kind, module.gated)
+            module.product = backend.pack(weight, module.bias, form)
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     if dummy:

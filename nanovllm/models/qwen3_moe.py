@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels import Ops
+from nanovllm.kernels.reference import silu_mul
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.module import Module
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.qwen3 import Qwen3Attention, Qwen3Layer
@@ -23,7 +24,7 @@ class Qwen3MoeAttention(Qwen3Attention):
         return config.sliding_window if config.extra.get("use_sliding_window") else None
 
 
-class Qwen3MoeMLP(nn.Module):
+class Qwen3MoeMLP(Module):
     """The router (called gate in checkpoints) and its experts (Shazeer et al., 2017)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -35,15 +36,15 @@ class Qwen3MoeMLP(nn.Module):
             num_experts(config), config.hidden_size, need(config, "moe_intermediate_size")
         )
 
-    def forward(self, x_TH: Tensor, ops: Ops) -> Tensor:
+    def forward(self, x_TH: Tensor) -> Tensor:
         weights_TE = self.gate(x_TH).softmax(dim=-1, dtype=torch.float32)
         weights_TX, chosen_TX = weights_TE.topk(self.num_chosen)
         if self.weights_sum_to_1:
             weights_TX = weights_TX / weights_TX.sum(dim=-1, keepdim=True)
-        return self.experts(x_TH, weights_TX.to(x_TH.dtype), chosen_TX, ops)
+        return self.experts(x_TH, weights_TX.to(x_TH.dtype), chosen_TX)
 
 
-class Experts(nn.Module):
+class Experts(Module):
     """E gated MLPs, their matrices stacked."""
 
     def __init__(self, num_experts: int, hidden_size: int, size: int) -> None:
@@ -51,12 +52,12 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, size))
 
-    def forward(self, x_TH: Tensor, weights_TX: Tensor, chosen_TX: Tensor, ops: Ops) -> Tensor:
+    def forward(self, x_TH: Tensor, weights_TX: Tensor, chosen_TX: Tensor) -> Tensor:
         out_TH = torch.zeros_like(x_TH)
         for expert in chosen_TX.unique().tolist():
             tokens_S, rank_S = (chosen_TX == expert).nonzero(as_tuple=True)
             gate_up_S2F = F.linear(x_TH[tokens_S], self.gate_up[expert])
-            y_SH = F.linear(ops.silu_mul(gate_up_S2F), self.down[expert])
+            y_SH = F.linear(silu_mul(gate_up_S2F), self.down[expert])
             out_TH.index_add_(0, tokens_S, y_SH * weights_TX[tokens_S, rank_S, None])
         return out_TH
 

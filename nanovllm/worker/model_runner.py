@@ -29,15 +29,19 @@ class ModelRunner:
         table = self.table
         table.apply(plan)
         inputs = table.prepare(plan)
-        hidden_TH = self.forward(inputs)
+        last_R = (inputs.attention.query_starts[inputs.sampled + 1] - 1).to(self.device)
         result = StepResult([-1] * len(plan.seq_ids))
         if any(table.sequences[row].params.prompt_logprobs is not None for row in inputs.rows):
             from nanovllm.worker.logprobs import prompt_logprobs
 
+            hidden_TH = self.forward(inputs)
             found = prompt_logprobs(self.model, table, inputs, hidden_TH)
             result.prompt_logprobs.update(found)
+            hidden_RH = hidden_TH[last_R]
+        else:
+            hidden_RH = self.forward(inputs, last_R)
         if len(inputs.sampled):
-            self.sample(plan, inputs, hidden_TH, result)
+            self.sample(plan, inputs, hidden_RH, result)
         return result
 
     @torch.inference_mode()
@@ -48,19 +52,18 @@ class ModelRunner:
         tables = AttentionBatch(torch.tensor([0, 1]), zero + 1, zero[None], zero - 1)
         self.forward(StepInputs(zero, zero, tables, *[zero.numpy()] * 3))
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """Hidden states [T, H] of all tokens of the step."""
+    def forward(self, inputs: StepInputs, rows_R: Tensor | None = None) -> Tensor:
+        """Hidden states [T, H] of all tokens of the step, or [R, H] of the rows."""
         ops = self.backend.plan(inputs.attention, self.caches)
         input_ids, positions = inputs.input_ids.to(self.device), inputs.positions.to(self.device)
-        return self.model(input_ids, positions, ops)
+        return self.model(input_ids, positions, ops, rows_R)
 
     def sample(
-        self, plan: StepPlan, inputs: StepInputs, hidden_TH: Tensor, result: StepResult
+        self, plan: StepPlan, inputs: StepInputs, hidden_RH: Tensor, result: StepResult
     ) -> None:
         """A token for each sequence whose last token was computed, into the result."""
         table, rows = self.table, inputs.rows[inputs.sampled]
-        last = inputs.attention.query_starts[inputs.sampled + 1] - 1
-        logits_RV = self.model.logits(hidden_TH[last.to(self.device)]).float()
+        logits_RV = self.model.logits(hidden_RH).float()
         known = [(table.sequences[r], table.token_ids[r, : table.num_tokens[r]]) for r in rows]
         samples = sample(logits_RV, known)
         for i, token_id in zip(inputs.sampled, samples.token_ids, strict=True):

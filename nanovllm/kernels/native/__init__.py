@@ -1,7 +1,7 @@
 """Kernels in C++ for CPUs that multiply bfloat16 and bytes (AVX-512 with BF16 and VNNI), compiled
 when first used and kept in the cache.
 
-The sources beside this file are read in this order: tile.h, linear.cpp, attention.cpp, fused.cpp.
+The sources beside this file are read in this order: tile.h, linear.cpp, attention.cpp, norm.cpp.
 """
 
 import ctypes
@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import Angles, AttentionBatch, KVCache, Product, reference
+from nanovllm.kernels import Angles, AttentionBatch, Form, KVCache, Product, reference
 from nanovllm.kernels.native.build import CompileError, compiler, cpu_flags, library
 from nanovllm.kernels.quantized import Groups, to_channels, to_groups
 
 NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 COLUMNS = 32  # of W in a panel
 SIGNATURES = {
-    "linear_bf16": [*[c_void_p] * 4, c_int, *[c_long] * 3],
-    "linear_int8": [*[c_void_p] * 5, c_int, *[c_long] * 4],
-    "linear_groups": [*[c_void_p] * 4, c_int, *[c_long] * 3, c_int],
+    "linear_bf16": [*[c_void_p] * 4, c_int, c_int, *[c_long] * 3],
+    "linear_int8": [*[c_void_p] * 5, c_int, c_int, *[c_long] * 4],
+    "linear_groups": [*[c_void_p] * 4, c_int, c_int, *[c_long] * 3, c_int],
     "attention": [*[c_void_p, c_long] * 3, *[c_void_p] * 6, c_long, *[c_void_p] * 3, *[c_long] * 6],
     "norm": [c_void_p, c_long, c_void_p, c_float, c_void_p, *[c_long] * 3],
     "add_norm": [*[c_void_p] * 3, c_float, c_void_p, c_long, c_long],
-    "silu_mul": [c_void_p, c_void_p, c_long, c_long],
 }
 
 
@@ -66,25 +65,26 @@ class Native:
     def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> "NativeOps":
         return NativeOps(self.kernels, batch, caches)
 
-    def pack(
-        self, weight: Tensor | Groups, bias: Tensor | None, quantization: str | None,
-        dtype: torch.dtype, result: torch.dtype,
-    ) -> Product:  # fmt: skip
+    def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
         columns, size = weight.shape
-        grouped = isinstance(weight, Groups)
-        if size % 2 or (size % 32 and (grouped or quantization)):
-            return reference.pack(weight, bias, quantization, dtype, result)
+        grouped, kind = isinstance(weight, Groups), form.quantization
+        whole = size % 32 == 0 if grouped or kind else size % 2 == 0
+        if not whole or (form.gated and columns % COLUMNS):
+            return reference.pack(weight, bias, form)
+        if form.gated:
+            order = torch.arange(columns).view(2, -1, 16).transpose(0, 1).flatten()
+            weight = weight.take(order) if isinstance(weight, Groups) else weight[order]
+            bias = None if bias is None else bias[order]
         kernels, last = self.kernels, [columns, size]
-        head = result == torch.float32  # keeps 8 bits, as llama.cpp's files do
-        if grouped or (quantization == "int4" and not head):
+        if grouped or kind == "int4":
             arrays, function = in_slices(pack_groups, weight), kernels.linear_groups
             last.append(weight.bits // 4 if isinstance(weight, Groups) else 1)
-        elif quantization in ("int8", "int4"):
+        elif kind == "int8":
             arrays, function = in_slices(pack_int8, weight), kernels.linear_int8
             last.append(64 if size % 64 == 0 else 32)
         else:
             arrays, function = in_slices(pack_bf16, weight), kernels.linear_bf16
-        return Panels(function, arrays, bias, last, result)
+        return Panels(function, arrays, None if bias is None else panels(bias), last, form)
 
 
 class Panels:
@@ -92,24 +92,24 @@ class Panels:
 
     Args:
         function: of linear.cpp. arrays: the weights as it reads them. last: what it takes at the
-            end, first of all the columns and the size of x.
+            end: the columns, the size of x and so on.
     """
 
     def __init__(
-        self, function: Any, arrays: list[Tensor], bias: Tensor | None, last: list[int],
-        result: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.function, self.last, self.result = function, last, result
+        self, function: Any, arrays: list[Tensor], bias: Tensor | None, last: list[int], form: Form
+    ) -> None:
+        self.function, self.last, self.result = function, last, form.result
         self.kept = arrays, bias  # the pointers are into these
         self.pointers = [array.data_ptr() for array in arrays]
         self.pointers.append(0 if bias is None else bias.data_ptr())
-        self.is_float = int(result == torch.float32)
+        self.width = last[0] // 2 if form.gated else last[0]
+        self.flags = int(form.result == torch.float32), int(form.gated)
 
     def __call__(self, x: Tensor) -> Tensor:
         x, rows = x.contiguous(), x.shape[0]
-        y = torch.empty((rows, self.last[0]), dtype=self.result)
+        y = torch.empty((rows, self.width), dtype=self.result)
         pointers, y_pointer = self.pointers, y.data_ptr()
-        self.function(x.data_ptr(), *pointers, y_pointer, self.is_float, rows, *self.last)
+        self.function(x.data_ptr(), *pointers, y_pointer, *self.flags, rows, *self.last)
         return y
 
 
@@ -199,10 +199,4 @@ class NativeOps:
             x_TH.data_ptr(), residual_TH.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
             *x_TH.shape,
         )  # fmt: skip
-        return y
-
-    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
-        num_tokens, size = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-        y = torch.empty((num_tokens, size), dtype=gate_up_T2F.dtype)
-        self.kernels.silu_mul(gate_up_T2F.data_ptr(), y.data_ptr(), num_tokens, size)
         return y

@@ -21,21 +21,38 @@ void for_panels(long rows, long columns, F&& f) {
       f(panel, chunk * CHUNK, std::min(CHUNK, rows - chunk * CHUNK));
 }
 
-// Where results go: rows `ld` apart, as bfloat16 or float32; bias may be null.
+// x * sigmoid(x), without overflow.
+inline __m512 silu(__m512 x) {
+  __m512 one = _mm512_set1_ps(1), small = exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+  __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
+  __m512 above = _mm512_mask_mov_ps(small, positive, one);
+  return _mm512_mul_ps(x, _mm512_div_ps(above, _mm512_add_ps(one, small)));
+}
+
+// Where results go, as bfloat16 or float32. bias, of all panels' columns, may be null. If gated, the
+// left half of each panel is a gate and the right half what it lets through.
 struct Output {
   void* y;
-  bool is_float;
-  long ld;
+  bool is_float, gated;
+  long columns;
   const bf16* bias;
 
-  inline __attribute__((always_inline)) void put(long row, long column, __m512 values) const {
-    __mmask16 lanes = first_lanes(ld - column);
+  inline __attribute__((always_inline)) void put(long row, long panel, __m512 left,
+                                                 __m512 right) const {
+    long column = panel * COLUMNS;
     if (bias) {
-      __m256i words = _mm256_maskz_loadu_epi16(lanes, bias + column);
-      __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
-      values = _mm512_add_ps(values, _mm512_castsi512_ps(bits));
+      left = _mm512_add_ps(left, load(bias + column));
+      right = _mm512_add_ps(right, load(bias + column + LANES));
     }
-    long at = row * ld + column;
+    if (gated) return write(row, column / 2, columns / 2, _mm512_mul_ps(silu(left), right));
+    write(row, column, columns, left);
+    write(row, column + LANES, columns, right);
+  }
+
+  inline __attribute__((always_inline)) void write(long row, long column, long width,
+                                                   __m512 values) const {
+    __mmask16 lanes = first_lanes(width - column);
+    long at = row * width + column;
     if (is_float)
       _mm512_mask_storeu_ps((float*)y + at, lanes, values);
     else
@@ -44,19 +61,16 @@ struct Output {
 };
 
 // `rows` rows of x from `first` on, times one panel in bfloat16.
-void multiply(const bf16* x, const bf16* panel, const Output& out, long column, long first,
+void multiply(const bf16* x, const bf16* weights, const Output& out, long panel, long first,
               long rows, long size) {
   in_parts(rows, MAX_ROWS, [&](long part, long count) {
     with_rows(count, [&](auto R) {
       __m512 acc[R][2];
       long row = first + part;
       clear(acc);
-      const bf16* next = panel + 2048;  // at the end of a panel, the one that follows
-      tile<R>(x + row * size, size, panel, panel + 32, 64, size / 2, next, next + 32, acc);
-      unrolled<R>([&](auto r) {
-        out.put(row + r, column, acc[r][0]);
-        out.put(row + r, column + LANES, acc[r][1]);
-      });
+      const bf16* next = weights + 2048;  // at the end of a panel, the one that follows
+      tile<R>(x + row * size, size, weights, weights + 32, 64, size / 2, next, next + 32, acc);
+      unrolled<R>([&](auto r) { out.put(row + r, panel, acc[r][0], acc[r][1]); });
     });
   });
 }
@@ -108,13 +122,13 @@ struct Groups {
 
   // A few rows at once, from the groups themselves.
   template <int R>
-  void multiply(const bf16* x, const float* sums, const uint8_t* panel, const Output& out,
-                long column, long first, long size) const {
+  void multiply(const bf16* x, const float* sums, const uint8_t* weights, const Output& out,
+                long panel, long first, long size) const {
     __m512 acc[R][2];
     long groups = size / GROUP;
     clear(acc);
     for (long g = 0; g < groups; g++) {
-      const uint8_t* group = panel + g * GROUP_BYTES<PLANES>;
+      const uint8_t* group = weights + g * GROUP_BYTES<PLANES>;
       for (int line = 0; line < GROUP_BYTES<PLANES>; line += 64)
         _mm_prefetch((const char*)group + 4096 + line, _MM_HINT_T0);
       __m512 part[R][2];
@@ -140,10 +154,7 @@ struct Groups {
         });
       });
     }
-    unrolled<R>([&](auto r) {
-      out.put(first + r, column, acc[r][0]);
-      out.put(first + r, column + LANES, acc[r][1]);
-    });
+    unrolled<R>([&](auto r) { out.put(first + r, panel, acc[r][0], acc[r][1]); });
   }
 
   // A panel in bfloat16, for many rows.
@@ -186,17 +197,17 @@ struct Groups {
       sums[i] = 0;
       for (long k = 0; k < GROUP; k++) sums[i] += to_float(x[i * GROUP + k]);
     }
-    for_panels(rows, out.ld, [&](long panel, long first, long count) {
+    for_panels(rows, out.columns, [&](long panel, long first, long count) {
       const uint8_t* packed = weights + panel * panel_bytes;
       if (rows <= FEW)
         return in_parts(count, 6, [&](long part, long some) {
           with_rows<6>(some, [&](auto R) {
-            multiply<R>(x, sums.get(), packed, out, panel * COLUMNS, first + part, size);
+            multiply<R>(x, sums.get(), packed, out, panel, first + part, size);
           });
         });
       std::unique_ptr<bf16[]> plain(new bf16[size * COLUMNS]);
       unpack(packed, size, plain.get());
-      ::multiply(x, plain.get(), out, panel * COLUMNS, first, count, size);
+      ::multiply(x, plain.get(), out, panel, first, count, size);
     });
   }
 };
@@ -238,8 +249,8 @@ struct Bytes {
 
   // R rows from `first` on times a panel.
   template <int R>
-  inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const float* by,
-                                                      const Output& out, long column,
+  inline __attribute__((always_inline)) void multiply(const uint8_t* weights, const float* by,
+                                                      const Output& out, long panel,
                                                       long first) const {
     __m512 acc[R][2];
     clear(acc);
@@ -253,7 +264,7 @@ struct Bytes {
         part[r][0] = part[r][1] = _mm512_set1_epi32(row_starts[r * groups + g]);
       });
       for (long k = g * group; k < (g + 1) * group; k += 4) {
-        const uint8_t* w = panel + k * COLUMNS;
+        const uint8_t* w = weights + k * COLUMNS;
         __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
         asm("" : "+v"(left), "+v"(right));  // read once, not again for each row
         _mm_prefetch((const char*)w + 4096, _MM_HINT_T0);
@@ -274,8 +285,7 @@ struct Bytes {
     }
     __m512 left = _mm512_loadu_ps(by), right = _mm512_loadu_ps(by + LANES);
     unrolled<R>([&](auto r) {
-      out.put(first + r, column, _mm512_mul_ps(acc[r][0], left));
-      out.put(first + r, column + LANES, _mm512_mul_ps(acc[r][1], right));
+      out.put(first + r, panel, _mm512_mul_ps(acc[r][0], left), _mm512_mul_ps(acc[r][1], right));
     });
   }
 };
@@ -284,20 +294,21 @@ struct Bytes {
 
 extern "C" {
 
-// x [rows, size], y [rows, columns] (float32 if is_float), bias [columns] or null; size is even.
+// x [rows, size], y [rows, columns], or half the columns if gated; float32 if is_float. bias: as long
+// as all panels, or null. size is even.
 void linear_bf16(const bf16* x, const bf16* weights, const bf16* bias, void* y, int is_float,
-                 long rows, long columns, long size) {
-  Output out{y, is_float != 0, columns, bias};
+                 int gated, long rows, long columns, long size) {
+  Output out{y, is_float != 0, gated != 0, columns, bias};
   for_panels(rows, columns, [&](long panel, long first, long count) {
     const bf16* packed = weights + panel * COLUMNS * size;
-    multiply(x, packed, out, panel * COLUMNS, first, count, size);
+    multiply(x, packed, out, panel, first, count, size);
   });
 }
 
 // The same from groups of 4 bits (planes = 1) or 8 bits (planes = 2); size is a multiple of 32.
 void linear_groups(const bf16* x, const uint8_t* weights, const bf16* bias, void* y, int is_float,
-                   long rows, long columns, long size, int planes) {
-  Output out{y, is_float != 0, columns, bias};
+                   int gated, long rows, long columns, long size, int planes) {
+  Output out{y, is_float != 0, gated != 0, columns, bias};
   if (planes == 1)
     Groups<1>().linear(x, weights, out, rows, size);
   else
@@ -307,8 +318,8 @@ void linear_groups(const bf16* x, const uint8_t* weights, const bf16* bias, void
 // The same in 8 bits. scales: of the columns, as many as all panels have. group: neighbours in a row
 // of x that share a scale, a multiple of 16 that divides size.
 void linear_int8(const bf16* x, const uint8_t* weights, const float* scales, const bf16* bias,
-                 void* y, int is_float, long rows, long columns, long size, long group) {
-  Output out{y, is_float != 0, columns, bias};
+                 void* y, int is_float, int gated, long rows, long columns, long size, long group) {
+  Output out{y, is_float != 0, gated != 0, columns, bias};
   Bytes bytes(rows, size, group);
 #pragma omp parallel for schedule(static) if (rows > 4)
   for (long row = 0; row < rows; row++) bytes.quantize(x, row);
@@ -316,7 +327,7 @@ void linear_int8(const bf16* x, const uint8_t* weights, const float* scales, con
     const uint8_t* packed = weights + panel * COLUMNS * size;
     in_parts(count, MAX_ROWS / 2, [&](long part, long some) {
       with_rows<MAX_ROWS / 2>(some, [&](auto R) {
-        bytes.multiply<R>(packed, scales + panel * COLUMNS, out, panel * COLUMNS, first + part);
+        bytes.multiply<R>(packed, scales + panel * COLUMNS, out, panel, first + part);
       });
     });
   });

@@ -115,14 +115,15 @@ inline void in_parts(long rows, long most, F&& f) {
   }
 }
 
-// e to the power of x, for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error 2e-7).
+// e to the power of x, for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2], right
+// to 4e-5, a hundredth of a step of bfloat16.
 inline __m512 exp(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // in this order it hands on what is no number
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-  __m512 p = _mm512_set1_ps(1.0f / 720);
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+  __m512 p = _mm512_set1_ps(1.0f / 24);
+  for (float c : {1.0f / 6, 0.5f, 1.0f, 1.0f})
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, n);
 }

@@ -1,4 +1,4 @@
-// What lies between the products: each reads its input once.
+// Norms: each reads its input once.
 #include <cmath>
 
 #include "tile.h"
@@ -54,23 +54,6 @@ void add_norm(const bf16* x, bf16* residual, const bf16* weight, float eps, bf16
       store(sum + i, _mm512_add_ps(load(from + i, lanes), load(sum + i, lanes)), lanes);
     }
     norm_row(sum, weight, eps, size, y + t * size);
-  }
-}
-
-// y = silu(gate) * up, where x [tokens, 2 * size] holds gate and up side by side.
-void silu_mul(const bf16* x, bf16* y, long tokens, long size) {
-#pragma omp parallel for schedule(static) if (tokens > 4)
-  for (long t = 0; t < tokens; t++) {
-    const bf16 *gate = x + t * 2 * size, *up = gate + size;
-    for (long i = 0; i < size; i += LANES) {
-      __mmask16 lanes = first_lanes(size - i);
-      __m512 g = load(gate + i, lanes), zero = _mm512_setzero_ps();
-      __m512 small = exp(_mm512_sub_ps(zero, _mm512_abs_ps(g)));  // sigmoid, without overflow
-      __m512 above = _mm512_mask_mov_ps(small, _mm512_cmp_ps_mask(g, zero, _CMP_GE_OQ),
-                                        _mm512_set1_ps(1));
-      __m512 sigmoid = _mm512_div_ps(above, _mm512_add_ps(_mm512_set1_ps(1), small));
-      store(y + t * size + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid), load(up + i, lanes)), lanes);
-    }
   }
 }
 }
