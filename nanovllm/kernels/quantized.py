@@ -28,7 +28,13 @@ class Groups(NamedTuple):
     def shape(self) -> torch.Size:
         return self.q.shape
 
-    def take(self, rows: Tensor) -> "Groups":
+    def dequantize_to(self, weight_NC: Tensor) -> None:
+        """Write the values into a weight, some rows at a time: in float32 they are large."""
+        for first in range(0, len(weight_NC), 4096):
+            rows = slice(first, first + 4096)
+            weight_NC[rows] = self.take(rows).dequantize()
+
+    def take(self, rows: Tensor | slice) -> "Groups":
         return Groups(self.bits, *(array[rows] for array in self.arrays))
 
     @property

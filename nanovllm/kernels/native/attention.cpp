@@ -22,6 +22,7 @@ namespace {
 
 constexpr long UNIT = 16;    // positions
 constexpr long CHUNK = 128;  // positions whose scores are held at once
+constexpr long AHEAD = 4;    // units that are fetched before they are read
 constexpr long ROWS = 48;    // queries times heads of an item, if a group is not larger
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -135,10 +136,9 @@ struct Rows {
       }
   }
 
-  // Adds the values of columns [at, end), weighted, to `count` rows. v(i): the unit of column i;
-  // next(i): what is read after it.
-  template <class V, class Next>
-  void add(long row, long count, long at, long end, V&& v, Next&& next) {
+  // Adds the values of columns [at, end), weighted, to `count` rows. units: those of all columns,
+  // and AHEAD more, `shift` elements further on.
+  void add(long row, long count, long at, long end, const bf16* const* units, long shift) {
     for (long d = 0; d < size; d += COLUMNS)
       in_parts(count, MAX_ROWS, [&](long part, long some) {
         with_rows(some, [&](auto R) {
@@ -146,10 +146,10 @@ struct Rows {
           __m512 acc[R][2];
           clear(acc);
           for (long i = at; i < end; i += UNIT) {
-            const bf16 *from = v(i) + d * UNIT, *soon = next(i) + d * UNIT;
+            const bf16* v = units[i / UNIT] + shift + d * UNIT;
+            const bf16* next = units[i / UNIT + AHEAD] + shift + d * UNIT;
             long pairs = std::min(UNIT, end - i + 1) / 2;
-            tile<R>(&weights[first * CHUNK + i], CHUNK, from, from + 32, 64, pairs, soon, soon + 32,
-                    acc);
+            tile<R>(&weights[first * CHUNK + i], CHUNK, v, v + 32, 64, pairs, next, next + 32, acc);
           }
           unrolled<R>([&](auto r) {
             float* to = &sums[(first + r) * size + d];
@@ -242,26 +242,27 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
       for (long chunk = item.begin; chunk < item.end; chunk += CHUNK) {
         long positions = std::min(CHUNK, item.end - chunk);
         long padded = (positions + COLUMNS - 1) / COLUMNS * COLUMNS;
-        long units[CHUNK / UNIT + 2];  // of this chunk, and the first two of the next
-        for (long at = 0; at < padded; at += UNIT)
-          units[at / UNIT] = unit(item, chunk + std::min(at, positions - 1));
+        // In the order in which they are read: keys, values, and the first keys of what follows.
+        const bf16* units[2 * CHUNK / UNIT + AHEAD];
+        long keys = padded / UNIT;
+        for (long i = 0; i < keys; i++) {
+          long start = unit(item, chunk + std::min(i * UNIT, positions - 1));
+          units[i] = cache.k + start;
+          units[keys + i] = cache.v + start;
+        }
         bool more = chunk + CHUNK < item.end;
-        long after = more ? chunk + CHUNK : then.begin;
-        for (long i = 0; i < 2; i++)
-          units[padded / UNIT + i] =
-              unit(more ? item : then, std::min(after + i * UNIT, (more ? item : then).end - 1));
+        const Item& follows = more ? item : then;
+        for (long i = 0; i < AHEAD; i++) {
+          long at = (more ? chunk + CHUNK : then.begin) + i * UNIT;
+          units[2 * keys + i] = cache.k + unit(follows, std::min(at, follows.end - 1));
+        }
 
-        for (long at = 0; at < padded; at += COLUMNS) {
-          const long* now = units + at / UNIT;
-          bool ends = at + COLUMNS == padded;  // keys are followed by the values
-          const bf16* base = ends ? cache.v : cache.k;
-          const long* soon = ends ? units : now + 2;
+        for (long i = 0; i < keys; i += 2)
           for (long h = 0; h < item.heads; h++) {
             long shift = h * block_size * size;
-            rows.score(h * per_head, per_head, {cache.k + now[0] + shift, cache.k + now[1] + shift},
-                       {base + soon[0] + shift, base + soon[1] + shift}, at);
+            rows.score(h * per_head, per_head, {units[i] + shift, units[i + 1] + shift},
+                       {units[i + AHEAD] + shift, units[i + AHEAD + 1] + shift}, i * UNIT);
           }
-        }
         for (long row = 0; row < count; row++) {
           long end = position + query_of(row) + 1 - chunk;
           rows.weigh(row, window ? end - window : 0, std::min(end, positions), padded, scale);
@@ -270,12 +271,7 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
         for (long at = 0; at < positions; at += step)
           for (long h = 0; h < item.heads; h++) {
             long shift = h * block_size * size;
-            auto value = [&](long i) { return cache.v + units[i / UNIT] + shift; };
-            auto next = [&](long i) {
-              bool ends = i + COLUMNS >= padded;
-              return (ends ? cache.k : cache.v) + units[i / UNIT + 2] + shift;
-            };
-            rows.add(h * per_head, per_head, at, std::min(at + step, positions), value, next);
+            rows.add(h * per_head, per_head, at, std::min(at + step, positions), units + keys, shift);
           }
       }
       for (long row = 0; row < count; row++) {
