@@ -10,18 +10,21 @@ once and prints a line of JSON. The peers run in a virtual environment of theirs
     DIR/model                              the model in bf16 safetensors, for vLLM and transformers
     DIR/SmolLM2-135M-Instruct.Q4_1.gguf    the file it was made from, for llama.cpp
 
-`nanovllm:KIND` is nanovllm with quantization=KIND. All take the likeliest token and make no text.
+`nanovllm:KIND` is nanovllm with quantization=KIND (and with the GGUF for gguf). All take the
+likeliest token and make no text.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,10 @@ COLUMNS = {
     "batch": "64 requests, out tok/s",
     "stream": "1 request, out tok/s",
     "prefill": "16 x 512, in tok/s",
+    "peak": "peak MB",
 }
+RATES = ("batch", "stream", "prefill")
+DEFAULT = "nanovllm,nanovllm:int8,nanovllm:int4,vllm,llama.cpp,transformers"
 VOCABULARY, CONTEXT, CORES = 49152, 1024, len(os.sched_getaffinity(0))
 
 
@@ -66,6 +72,7 @@ def nanovllm(peers: Path, quantization: str | None) -> Engine:
     from nanovllm import LLM, SamplingParams
 
     name = str(peers / "model") if (peers / "model").is_dir() else "smollm2-135m"
+    name = str(peers / PEERS["llama.cpp"][2]) if quantization == "gguf" else name
     settings = {"quantization": quantization} if quantization else {}
     llm = LLM(name, dtype="bfloat16", max_model_len=CONTEXT, **settings)
 
@@ -156,7 +163,18 @@ def measure(name: str, peers: Path, seed: int, spawned_s: float) -> dict[str, fl
         elapsed_s = time.perf_counter() - start_s
         tokens = sum(len(prompt) if column == "prefill" else count for prompt, count in work)
         figures[column] = tokens / elapsed_s
-    return figures
+    return figures | {"peak": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The most memory of this process, and of those it started that still run (vLLM's engine)."""
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for file in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):  # it has ended
+            status = dict(line.split(":\t", 1) for line in file.read_text().splitlines())
+            if int(status["PPid"]) == os.getpid():
+                peak_kb += int(status.get("VmHWM", "0 kB").split()[0])
+    return peak_kb * 1024 / 1e6
 
 
 # The comparison
@@ -219,7 +237,7 @@ def table(first: str, rows: dict[str, dict[str, str]], columns: dict[str, str]) 
 
 def report(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Print medians and the ratios nanovllm / peer of each round, and return both."""
-    rates = {column: text for column, text in COLUMNS.items() if column != "start"}
+    rates = {column: COLUMNS[column] for column in RATES}
     medians = {
         name: {c: statistics.median(figures[c] for figures in found) for c in COLUMNS}
         for name, found in rounds.items()
@@ -241,7 +259,7 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", default=",".join(ENGINES), help="names between commas")
+    parser.add_argument("--engines", default=DEFAULT, help="names between commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the first round's workloads")
     parser.add_argument("--peers", type=Path, default="~/.cache/peers", metavar="DIR")

@@ -18,6 +18,7 @@ INTEGERS = (
     "num_kv_blocks",
     "kv_cache_memory_bytes",
     "seed",
+    "num_threads",
 )
 
 
@@ -43,6 +44,7 @@ def test_the_defaults() -> None:
     assert (config.scheduling_policy, config.quantization) == ("fcfs", None)
     assert (config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens) == (None,) * 3
     assert (config.num_kv_blocks, config.kv_cache_memory_bytes) == (None, None)
+    assert config.num_threads is None
     assert EngineConfig.make() == config
 
 
@@ -61,9 +63,10 @@ def test_the_defaults() -> None:
         ("device", ["auto", "cpu", "cuda"]),
         ("scheduling_policy", ["fcfs", "priority"]),
         ("load_format", ["auto", "safetensors", "gguf", "dummy"]),
-        ("attention_backend", ["auto", "cpu", "reference"]),
+        ("attention_backend", ["auto", "native", "cpu", "reference"]),
         ("tensor_parallel_size", [1]),
-        ("quantization", [None]),
+        ("quantization", [None, "int8", "int4", "gguf"]),
+        ("num_threads", [None, 1, 1024]),
         *((flag, [True, False]) for flag in FLAGS),
     ],
 )
@@ -98,7 +101,9 @@ def test_values_in_range_are_taken_as_they_are(name: str, values: list[Any]) -> 
         ("enforce_eager", "true", True),
         ("enable_prefix_caching", None, True),
         ("tensor_parallel_size", 2, 1),
-        ("quantization", "awq", None),
+        ("quantization", "awq", "int8"),
+        ("num_threads", 0, 1),
+        ("num_threads", 1025, 1024),
     ],
 )
 def test_an_impossible_value_names_setting_value_and_nearest(

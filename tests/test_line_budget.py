@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.kernels.test_attention import needs_native
+
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = """
 import sys
@@ -29,6 +31,7 @@ def loc() -> ModuleType:
     return module
 
 
+@needs_native  # elsewhere a default run takes other kernels
 def test_the_path_is_what_a_default_generate_imports(loc: ModuleType, smollm2: Path) -> None:
     command = [sys.executable, "-c", GENERATE, str(smollm2)]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -53,3 +56,15 @@ def f(
 docstring"""
 '''
     assert loc.code_lines(source) == 5
+
+
+def test_comments_of_cpp_do_not_count(loc: ModuleType) -> None:
+    source = """// A file.
+#include "tile.h"
+
+int f() {  // counts
+  // why
+  return 1;
+}
+"""
+    assert loc.cpp_lines(source) == 4

@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "pull": "fetch a model, or see that it is there and can be read",
     "bench": "measure throughput, latency or the time to start",
+    "eval-ppl": "measure how well a model knows a text: its perplexity",
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     command = parser.parse_args(words[:1]).command
     try:
-        status: int = import_module(f"nanovllm.cli.{command}").run(words[1:])
+        status: int = import_module(f"nanovllm.cli.{command.replace('-', '_')}").run(words[1:])
         sys.stdout.flush()
         return status
     except NanoVLLMError as error:

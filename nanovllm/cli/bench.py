@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil, floor
 from random import Random
@@ -43,11 +44,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-        path = self.output_json
-        if path is None:
-            return
-        if os.path.isdir(path or ".") or not os.path.isdir(os.path.dirname(path) or "."):
-            raise ConfigError("output_json", path, "name a file in a folder that exists")
+        check_writable("output_json", self.output_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +57,7 @@ class Throughput(Settings):
         random_range_ratio: lengths are drawn from (1 - this) to (1 + this) times --input-len and
             --output-len.
         disable_detokenize: make no text.
+        profile: show where the time of a step goes; the timing itself costs a few percent.
         output_json: the file to write results to.
     """
 
@@ -68,6 +66,7 @@ class Throughput(Settings):
     output_len: int = ranged(128, 1, MANY)
     random_range_ratio: float = ranged(0.0, 0.0, 0.999)
     disable_detokenize: bool = False
+    profile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +128,17 @@ def throughput(argv: list[str]) -> None:
     outputs = [draw_length(rng, bench.output_len, ratio) for _ in count]
 
     from nanovllm.llm import LLM
+    from nanovllm.profile import profile
 
     with LLM(**engine) as llm:
         check_fit(llm, max(inputs), max(outputs))
         params = [sampling(length, bench.disable_detokenize) for length in outputs]
         complete(llm, [random_ids(rng, llm, 16)] * 2, [sampling(2, False)] * 2)  # warms up
         prompts = [random_ids(rng, llm, length) for length in inputs]
-        start_s = time.perf_counter()
-        finished = complete(llm, prompts, params, use_tqdm=sys.stderr.isatty())
-        elapsed_s = time.perf_counter() - start_s
+        with profile(llm) if bench.profile else nullcontext() as parts:
+            start_s = time.perf_counter()
+            finished = complete(llm, prompts, params, use_tqdm=sys.stderr.isatty())
+            elapsed_s = time.perf_counter() - start_s
     num_input = sum(len(output.prompt_token_ids) for output in finished)
     num_output = sum(len(sample.token_ids) for output in finished for sample in output.outputs)
     total = num_input + num_output
@@ -146,13 +147,16 @@ def throughput(argv: list[str]) -> None:
         f"{total / elapsed_s:.2f} total tokens/s, {num_output / elapsed_s:.2f} output tokens/s\n"
         f"Total num prompt tokens:  {num_input}\nTotal num output tokens:  {num_output}"
     )
-    result = {
+    result: dict[str, Any] = {
         "elapsed_time": elapsed_s,
         "num_requests": len(finished),
         "total_num_tokens": total,
         "requests_per_second": len(finished) / elapsed_s,
         "tokens_per_second": total / elapsed_s,
     }
+    if parts:
+        print("\n" + parts.table())
+        result["profile"] = {"num_steps": parts.num_steps, "parts": parts.rows()}
     write(bench.output_json, result)
 
 
@@ -322,6 +326,18 @@ def percentiles(values: Sequence[float]) -> dict[int, float]:
         high = min(low + 1, last)
         result[percentage] = ranked[low] + (ranked[high] - ranked[low]) * part / 100
     return result
+
+
+def check_writable(name: str, path: str | None) -> None:
+    """Refuse a file that could not be written at the end.
+
+    Args:
+        name: of the setting that names it. path: None is no file.
+    """
+    if path is None:
+        return
+    if os.path.isdir(path or ".") or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ConfigError(name, path, "name a file in a folder that exists")
 
 
 def write(path: str | None, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from nanovllm.models.load import load_model
 from nanovllm.worker.inputs import SequenceTable
 from nanovllm.worker.kv_cache import allocate, num_kv_blocks
 from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.threads import default_num_threads, set_num_threads
 
 
 class InlineExecutor:
@@ -31,6 +32,8 @@ class InlineExecutor:
         dtype = pick_dtype(config.dtype, model_config.dtype, device)
         shape = model_config.head_dim, config.block_size
         backend = choose_backend(config.attention_backend, device, dtype, *shape)
+        if device.type == "cpu":
+            set_num_threads(config.num_threads or default_num_threads())
         model = load_model(
             path, model_config, backend, dtype=dtype, device=device, seed=config.seed,
             load_format=config.load_format, max_positions=config.max_model_len,

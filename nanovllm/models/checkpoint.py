@@ -62,13 +62,21 @@ def open_tensors(
         return gguf_tensors(ggufs[0], keep_groups)
     if keep_groups:
         raise ModelLoadError(f"{path}: quantization='gguf' needs a .gguf file as the model")
-    opened = []
+    names: list[tuple[Path, str]] = []
     for file in weight_files(path):
         try:
-            opened.append(safe_open(file, framework="pt"))
+            with safe_open(file, framework="pt") as opened:
+                names += ((file, name) for name in opened.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file}: not a whole safetensors file ({error})") from error
-    return ((name, file.get_tensor(name)) for file in opened for name in file.keys())  # noqa: SIM118
+    return ((name, read_tensor(file, name)) for file, name in names)
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor. The file is opened for it alone: what an open file has read stays in memory."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -91,6 +91,11 @@ def fill(
     """
     places = destinations(model)
     missing = Counter(place.module for place in places.values())
+    sizes: dict[nn.Module, int] = {}
+    for module in missing:  # a product's weight has memory only from its first tensor to packing
+        if isinstance(module, Linear):
+            sizes[module] = module.weight.nbytes
+            module.weight.untyped_storage().resize_(0)
     grouped: dict[nn.Module, list[tuple[Place, Groups]]] = {}
     for name, tensor in tensors:
         place = places.pop(name, None)
@@ -101,6 +106,9 @@ def fill(
         if place.view.shape != tensor.shape:
             shapes = f"is {list(tensor.shape)}, config.json says {list(place.view.shape)}"
             raise ModelLoadError(f"{path}: tensor {name} {shapes}")
+        storage = place.view.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(sizes[place.module])
         if isinstance(tensor, Groups):
             grouped.setdefault(place.module, []).append((place, tensor))
         else:
@@ -125,7 +133,7 @@ def join(module: nn.Module, parts: list[tuple[Place, Groups]]) -> Tensor | Group
         arrays = zip(*(part.arrays for part in groups), strict=True)
         return Groups(bits.pop(), *map(torch.cat, arrays))
     for place, part in parts:
-        place.view.copy_(part.dequantize())
+        part.dequantize_to(place.view)
     return groups[0] if isinstance(module, Embedding) and groups else weight
 
 

@@ -22,6 +22,12 @@ def available_cores(root: Path = CGROUPS) -> int:
     return max(1, ceil(min(cores, quota(root))))
 
 
+def default_num_threads() -> int:
+    """The cores there are, or fewer if OMP_NUM_THREADS says so, as all that uses OpenMP heeds."""
+    wanted, cores = os.environ.get("OMP_NUM_THREADS", ""), available_cores()
+    return min(int(wanted), cores) if wanted.isdigit() and int(wanted) else cores
+
+
 def quota(root: Path) -> float:
     """Seconds of CPU time that a cgroup (version 2, or 1) may use in a second; inf is no limit."""
     files = [root / "cpu.max"]

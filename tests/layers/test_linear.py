@@ -1,9 +1,8 @@
-"""Products, whole and merged, packed and not."""
+"""Products, whole and merged, and those that a backend puts in their place."""
 
-import pytest
 import torch
 
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.linear import GatedLinear, Linear, MergedLinear
 
 
 def filled(layer: Linear) -> Linear:
@@ -17,7 +16,7 @@ def test_a_merged_product_is_that_of_each_part() -> None:
     merged = filled(MergedLinear(8, {"q_proj": 4, "k_proj": 2}, bias=True))
     views = merged.checkpoint_views()
     x = torch.randn(3, 8)
-    for name, y in zip(("q_proj", "k_proj"), merged(x), strict=True):
+    for name, y in zip(("q_proj", "k_proj"), merged(x).split([4, 2], dim=1), strict=True):
         expected = x @ views[f"{name}.weight"].T + views[f"{name}.bias"]
         torch.testing.assert_close(y, expected)
 
@@ -28,20 +27,15 @@ def test_a_tensor_of_the_checkpoint_goes_to_its_rows() -> None:
     assert merged.weight[1:].tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="this processor has no bfloat16 products in oneDNN",
-)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 16, 65])
-def test_packed_weights_give_the_same_product(rows: int, bias: bool) -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        layer = filled(Linear(96, 40, bias=bias))
-        x = torch.randn(rows, 96)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    expected = layer(x)
-    layer.pack()
-    assert layer.weight.is_mkldnn
-    torch.testing.assert_close(layer(x), expected)
+def test_a_gated_product_is_silu_of_the_gate_times_the_rest() -> None:
+    gated = filled(GatedLinear(8, {"gate_proj": 3, "up_proj": 3}, bias=True))
+    x = torch.randn(2, 8)
+    gate, up = (x @ gated.weight.T + gated.bias).split(3, dim=1)
+    torch.testing.assert_close(gated(x), gate * gate.sigmoid() * up)
+
+
+def test_a_product_that_is_set_takes_the_place_of_the_weight() -> None:
+    layer = filled(Linear(2, 2, bias=True))
+    layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    layer.product = lambda x: 3 * x
+    assert layer(torch.tensor([[1.0, 2.0]])).tolist() == [[3.0, 6.0]]

@@ -208,8 +208,8 @@ def check_logprobs(found: Logprobs, logprobs_V: torch.Tensor) -> None:
 def test_in_its_own_dtype_the_model_knows_the_capital_of_france(smollm2: Path) -> None:
     with LLM(smollm2, max_model_len=512, num_kv_blocks=64) as llm:
         params = SamplingParams(temperature=0, max_tokens=32)
-        question = {"role": "user", "content": "What is the capital of France?"}
-        [output] = llm.chat([question], params, use_tqdm=False)
+        content = "What is the capital of France? Answer in one sentence."  # no choice is close
+        [output] = llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)
     assert output["text"] == "The capital of France is Paris."
     assert output.outputs[0].finish_reason == "stop"
 

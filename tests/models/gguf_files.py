@@ -77,6 +77,34 @@ def small_gguf(path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     return write_gguf(path, METADATA | TOKENS | dict(changes or {}), small_tensors())
 
 
+def quantized_gguf(path: Path, kind: str) -> Path:
+    """A llama of two layers with all of its matrices in a quantized kind: 2 heads of queries and
+    1 of keys of 32 each, vocabulary of 48; no tokenizer, and the head is tied."""
+    changes = {
+        "llama.context_length": 64,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.block_count": 2,
+        "llama.attention.head_count_kv": 1,
+    }
+    shapes = {"token_embd": (48, 64), "output_norm": (64,)}
+    for layer in ("blk.0", "blk.1"):
+        shapes |= {f"{layer}.attn_{name}": (64, 64) for name in ("q", "output")}
+        shapes |= {f"{layer}.attn_{name}": (32, 64) for name in ("k", "v")}
+        shapes |= {f"{layer}.{name}_norm": (64,) for name in ("attn", "ffn")}
+        shapes |= {f"{layer}.ffn_{name}": (96, 64) for name in ("gate", "up")}
+        shapes |= {f"{layer}.ffn_down": (64, 96)}
+    random, tensors = np.random.default_rng(0), dict[str, Any]()
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape, np.float32)
+        if len(shape) == 2:
+            raw = gguf.quants.quantize(values / 8, gguf.GGMLQuantizationType[kind])
+            tensors[f"{name}.weight"] = raw, kind
+        else:
+            tensors[f"{name}.weight"] = values
+    return write_gguf(path, METADATA | changes, tensors)
+
+
 def to_gguf_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], architecture: gguf.MODEL_ARCH
 ) -> dict[str, Array]:

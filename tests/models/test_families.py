@@ -113,6 +113,7 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, ModelConfig]:
     model = load_model(
         folder,
         config,
+        reference,
         dtype=torch.float32,
         device=torch.device("cpu"),
         load_format="auto",
@@ -145,22 +146,16 @@ def greedy(
             torch.arange(done[i], done[i] + n) for i, n in zip(running, counts, strict=True)
         ]
         pairs = list(zip(running, positions, strict=True))
-        attention = reference.plan(
-            AttentionBatch(
-                torch.tensor([0, *counts]).cumsum(0),
-                torch.tensor([int(p[-1]) + 1 for p in positions]),
-                tables[running],
-                torch.cat(
-                    [tables[i][p // block_size] * block_size + p % block_size for i, p in pairs]
-                ),
-            ),
-            block_size,
-            torch.device("cpu"),
+        batch = AttentionBatch(
+            torch.tensor([0, *counts]).cumsum(0),
+            torch.tensor([int(p[-1]) + 1 for p in positions]),
+            tables[running],
+            torch.cat([tables[i][p // block_size] * block_size + p % block_size for i, p in pairs]),
         )
         hidden = model(
             torch.tensor([tokens[i][p] for i, ps in pairs for p in ps.tolist()]),
             torch.cat(positions),
-            lambda layer, q, k, v, window: attention(q, k, v, caches[layer], window),  # noqa: B023
+            reference.plan(batch, caches),
         )
         for i, rows in zip(running, model.logits(hidden).split(counts), strict=True):
             logits[i].append(rows)

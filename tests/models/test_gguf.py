@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.errors import MissingDependencyError, ModelLoadError
+from nanovllm.kernels import reference
+from nanovllm.kernels.quantized import Groups
 from nanovllm.models.checkpoint import open_tensors, read_config
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.gguf import convert, gguf_config, gguf_tensors
@@ -154,13 +156,14 @@ def test_a_gguf_file_is_a_model_for_the_engine(tmp_path: Path) -> None:
     model = load_model(
         path,
         read_config(path),
+        reference,
         dtype=torch.float32,
         device=torch.device("cpu"),
         load_format="auto",
         max_positions=8,
     )
     expected = torch.from_numpy(small_tensors()["token_embd.weight"])
-    torch.testing.assert_close(model.lm_head.weight.data, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.logits(torch.eye(8)).T, expected, rtol=0, atol=0)
 
 
 # Types of tensors
@@ -243,6 +246,82 @@ def test_an_unsupported_type_names_the_type_and_the_tensor(tmp_path: Path) -> No
     write_gguf(path, METADATA, {"blk.0.ffn_up.weight": (raw, "IQ4_NL")})
     with pytest.raises(ModelLoadError, match=r"model\.gguf: tensor blk\.0\.ffn_up\.weight.*IQ4_NL"):
         gguf_tensors(path)
+
+
+# Blocks that stay as they are
+
+
+def random_blocks(kind: str, rows: int, seed: int = 0) -> Array:
+    """[rows, bytes of 64 weights] of any numbers, with scales and minima that float16 can hold."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (rows, 2, size), np.uint8)
+    for at in (0, 2) if kind == "Q4_1" else (0,):
+        halves = random.standard_normal((rows, 2, 1)).astype(np.float16)
+        blocks[..., at : at + 2] = halves.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def dense_and_kept(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    dense, kept = dict(gguf_tensors(path)), dict(gguf_tensors(path, keep_groups=True))
+    assert list(dense) == list(kept)
+    return dense, kept
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+def test_kept_blocks_hold_the_numbers_that_the_gguf_package_reads(
+    kind: str, bits: int, tmp_path: Path
+) -> None:
+    raw = random_blocks(kind, 5)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, METADATA, {"blk.0.ffn_down.weight": (raw, kind)})
+    ((_, groups),) = gguf_tensors(path, keep_groups=True)
+    assert isinstance(groups, Groups)
+    assert (groups.bits, groups.shape) == (bits, (5, 64))
+    assert groups.q.dtype == torch.uint8 and int(groups.q.max()) < 2**bits
+    assert groups.scale.dtype == groups.minimum.dtype == torch.float16
+    assert groups.scale.shape == groups.minimum.shape == (5, 2)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    assert torch.equal(groups.dequantize(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_rows_of_kept_queries_and_keys_are_put_back_in_order(kind: str, tmp_path: Path) -> None:
+    metadata = METADATA | {"llama.attention.head_count_kv": 1}
+    rows = {"q": 8, "k": 4, "v": 4}
+    tensors = {
+        f"blk.0.attn_{name}.weight": (random_blocks(kind, count, seed=count), kind)
+        for name, count in rows.items()
+    }
+    dense, kept = dense_and_kept(write_gguf(tmp_path / "model.gguf", metadata, tensors))
+    for (name, groups), (part, count) in zip(kept.items(), rows.items(), strict=True):
+        assert name == f"model.layers.0.self_attn.{part}_proj.weight"
+        assert isinstance(groups, Groups) and groups.shape == (count, 64)
+        assert torch.equal(groups.dequantize(), dense[name])
+        raw = tensors[f"blk.0.attn_{part}.weight"][0]
+        in_file = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+        order = {"q": [0, 2, 1, 3, 4, 6, 5, 7], "k": [0, 2, 1, 3], "v": [0, 1, 2, 3]}[part]
+        assert torch.equal(groups.dequantize(), torch.from_numpy(in_file)[order])
+
+
+def test_other_kinds_and_stacks_of_experts_become_dense(tmp_path: Path) -> None:
+    experts = random_blocks("Q8_0", 6).reshape(2, 3, -1)
+    q6 = np.random.default_rng(0).integers(0, 256, (3, 210), np.uint8)
+    q6[:, 208:] = np.frombuffer(half(0.01), np.uint8)
+    tensors = {
+        "token_embd.weight": (random_blocks("Q4_1", 4), "Q4_1"),
+        "blk.0.attn_norm.weight": np.ones(64, np.float32),
+        "blk.0.ffn_gate_exps.weight": (experts, "Q8_0"),
+        "blk.0.ffn_down.weight": (q6, "Q6_K"),
+        "blk.0.ffn_up.weight": np.ones((2, 64), np.float16),
+    }
+    dense, kept = dense_and_kept(write_gguf(tmp_path / "model.gguf", METADATA, tensors))
+    assert len(kept) == 6  # two experts
+    for name, tensor in dense.items():
+        if name == "model.embed_tokens.weight":
+            assert isinstance(kept[name], Groups)
+        else:
+            torch.testing.assert_close(kept[name], tensor, rtol=0, atol=0, msg=name)
 
 
 # Metadata

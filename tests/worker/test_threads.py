@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanovllm.llm import LLM
+from nanovllm.worker import threads as threads_module
 from nanovllm.worker.threads import available_cores, set_num_threads
 from tests.kernels.test_attention import needs_native
 
@@ -115,7 +116,7 @@ def test_an_engine_takes_the_number_it_is_given_and_else_all_cores(
     tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr("nanovllm.executor.inline.available_cores", lambda: 2)
+    monkeypatch.setattr("nanovllm.executor.inline.default_num_threads", lambda: 2)
     settings = {"load_format": "dummy", "skip_tokenizer_init": True, "num_kv_blocks": 4}
     for num_threads, expected in ((3, 3), (None, 2), (1, 1)):
         with LLM(tmp_path, num_threads=num_threads, **settings):
@@ -128,3 +129,14 @@ def test_the_native_kernels_share_torchs_openmp() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     [library] = done.stdout.split()
     assert Path(library).is_relative_to(Path(torch.__file__).parent)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [("1", 1), ("3", 3), ("64", 4), ("", 4), ("0", 4), ("2,1", 4)]
+)
+def test_the_default_heeds_omp_num_threads(
+    wanted: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads_module, "available_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert threads_module.default_num_threads() == expected
