@@ -6,8 +6,12 @@ from torch import nn
 
 
 class Module(nn.Module):
-    """A torch module that is called without a look for hooks: in a step with few tokens the looks
-    of a few hundred calls cost more than some of the kernels."""
+    """A torch module whose calls and attributes cost little: in a step with one token, looking for
+    hooks and in the tables of parameters takes longer than some of the kernels."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__[name] = value  # where Python looks first
 
     def __call__(self, *inputs: Any) -> Any:
         return self.forward(*inputs)

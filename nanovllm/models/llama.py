@@ -46,7 +46,7 @@ class LlamaAttention(Module):
     ) -> Tensor:
         """[T, H], or [R, H] for only those rows."""
         heads = self.qkv_proj(x_TH).view(len(x_TH), -1, self.head_dim)
-        q_TND, k_TKD, v_TKD = heads.split(self.heads, dim=1)
+        q_TND, k_TKD, v_TKD = heads.split_with_sizes(self.heads, dim=1)
         q_TND, k_TKD = self.norm_heads(q_TND, k_TKD, ops)
         attended_TND = ops.attend(self.layer, q_TND, k_TKD, v_TKD, angles, self.window)
         return self.o_proj((attended_TND if rows_R is None else attended_TND[rows_R]).flatten(1))
