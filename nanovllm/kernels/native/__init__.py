@@ -6,7 +6,7 @@ The sources beside this file are read in this order: tile.h, linear.cpp, attenti
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import c_float, c_long, c_void_p
 from functools import cache
 from typing import Any
 
@@ -19,10 +19,9 @@ from nanovllm.kernels.quantized import Groups, to_channels, to_groups
 
 NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 COLUMNS = 32  # of W in a panel
+FEW_ROWS = 4  # whose results have a place of their own
 SIGNATURES = {
-    "linear_bf16": [*[c_void_p] * 4, c_int, c_int, *[c_long] * 3],
-    "linear_int8": [*[c_void_p] * 5, c_int, c_int, *[c_long] * 4],
-    "linear_groups": [*[c_void_p] * 4, c_int, c_int, *[c_long] * 3, c_int],
+    "linear": [*[c_void_p] * 3, c_long],
     "attention": [*[c_void_p, c_long] * 3, *[c_void_p] * 6, c_long, *[c_void_p] * 3, *[c_long] * 6],
     "norm": [c_void_p, c_long, c_void_p, c_float, c_void_p, *[c_long] * 3],
     "add_norm": [*[c_void_p] * 3, c_float, c_void_p, c_long, c_long],
@@ -75,41 +74,58 @@ class Native:
             order = torch.arange(columns).view(2, -1, 16).transpose(0, 1).flatten()
             weight = weight.take(order) if isinstance(weight, Groups) else weight[order]
             bias = None if bias is None else bias[order]
-        kernels, last = self.kernels, [columns, size]
-        if grouped or kind == "int4":
-            arrays, function = in_slices(pack_groups, weight), kernels.linear_groups
-            last.append(weight.bits // 4 if isinstance(weight, Groups) else 1)
+        described = Described(columns=columns, size=size)
+        if isinstance(weight, Groups) or kind == "int4":
+            described.kind = 5 if isinstance(weight, Groups) and weight.bits == 8 else 4
+            arrays = in_slices(pack_groups, weight)
         elif kind == "int8":
-            arrays, function = in_slices(pack_int8, weight), kernels.linear_int8
-            last.append(64 if size % 64 == 0 else 32)
+            described.kind, described.group = 8, 64 if size % 64 == 0 else 32
+            arrays = in_slices(pack_int8, weight)
         else:
-            arrays, function = in_slices(pack_bf16, weight), kernels.linear_bf16
-        return Panels(function, arrays, None if bias is None else panels(bias), last, form)
+            described.kind, arrays = 16, in_slices(pack_bf16, weight)
+        return Panels(self.kernels.linear, described, arrays, bias, form)
+
+
+class Described(ctypes.Structure):
+    """A product as linear.cpp takes it; see Product there."""
+
+    _fields_ = (
+        *((name, c_long) for name in ("kind", "columns", "size", "is_float", "gated", "group")),
+        *((name, c_void_p) for name in ("weights", "scales", "bias")),
+    )
 
 
 class Panels:
     """A product with weights in panels of 32 columns.
 
+    Its result for few rows is always in the same place, so it holds until the next call: making a
+    tensor takes as long as the product of one row with a small matrix.
+
     Args:
-        function: of linear.cpp. arrays: the weights as it reads them. last: what it takes at the
-            end: the columns, the size of x and so on.
+        arrays: the weights in panels, and the scales of their columns if they have any.
     """
 
     def __init__(
-        self, function: Any, arrays: list[Tensor], bias: Tensor | None, last: list[int], form: Form
-    ) -> None:
-        self.function, self.last, self.result = function, last, form.result
+        self, function: Any, described: Described, arrays: list[Tensor], bias: Tensor | None,
+        form: Form,
+    ) -> None:  # fmt: skip
+        self.function, self.described, self.dtype = function, described, form.result
+        bias = None if bias is None else panels(bias)
         self.kept = arrays, bias  # the pointers are into these
-        self.pointers = [array.data_ptr() for array in arrays]
-        self.pointers.append(0 if bias is None else bias.data_ptr())
-        self.width = last[0] // 2 if form.gated else last[0]
-        self.flags = int(form.result == torch.float32), int(form.gated)
+        described.weights = arrays[0].data_ptr()
+        described.scales = arrays[1].data_ptr() if len(arrays) > 1 else None
+        described.bias = None if bias is None else bias.data_ptr()
+        described.is_float, described.gated = form.result == torch.float32, form.gated
+        self.pointer = ctypes.addressof(described)
+        self.width = described.columns // 2 if form.gated else described.columns
+        shapes = [(rows, self.width) for rows in range(FEW_ROWS + 1)]
+        self.results = [torch.empty(shape, dtype=self.dtype) for shape in shapes]
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, rows = x.contiguous(), x.shape[0]
-        y = torch.empty((rows, self.width), dtype=self.result)
-        pointers, y_pointer = self.pointers, y.data_ptr()
-        self.function(x.data_ptr(), *pointers, y_pointer, *self.flags, rows, *self.last)
+        x, rows = x.contiguous(), len(x)
+        few = rows <= FEW_ROWS
+        y = self.results[rows] if few else torch.empty((rows, self.width), dtype=self.dtype)
+        self.function(self.pointer, x.data_ptr(), y.data_ptr(), rows)
         return y
 
 
@@ -176,7 +192,7 @@ class NativeOps:
     ) -> Tensor:  # fmt: skip
         (k_cache, v_cache), (cos, sin) = self.caches[layer], angles
         num_tokens, num_heads, head_dim = q_TND.shape
-        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype)
+        out = torch.empty(q_TND.shape, dtype=q_TND.dtype)
         self.kernels.attention(
             q_TND.data_ptr(), q_TND.stride(0), k_TKD.data_ptr(), k_TKD.stride(0),
             v_TKD.data_ptr(), v_TKD.stride(0), cos.data_ptr(), sin.data_ptr(), *self.places,

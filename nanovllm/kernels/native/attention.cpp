@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "tile.h"
@@ -77,17 +78,18 @@ struct Join {  // the parts of one query's context
 // The rows of an item: what is added up, its maximum and the sum of the weights so far.
 struct Rows {
   long size;
-  std::vector<bf16> q, weights;
-  std::vector<float> scores, sums, most, total;
+  std::unique_ptr<bf16[]> q, weights;
+  std::unique_ptr<float[]> scores, sums, most, total;
 
   Rows(long rows, long size)
-      : size(size), q(rows * size), weights(rows * CHUNK), scores(rows * CHUNK), sums(rows * size),
-        most(rows), total(rows) {}
+      : size(size), q(new bf16[rows * size]), weights(new bf16[rows * CHUNK]),
+        scores(new float[rows * CHUNK]), sums(new float[rows * size]), most(new float[rows]),
+        total(new float[rows]) {}
 
   void reset(long rows) {
-    std::fill(sums.begin(), sums.begin() + rows * size, 0.0f);
-    std::fill(most.begin(), most.begin() + rows, NEVER);
-    std::fill(total.begin(), total.begin() + rows, 0.0f);
+    std::fill_n(sums.get(), rows * size, 0.0f);
+    std::fill_n(most.get(), rows, NEVER);
+    std::fill_n(total.get(), rows, 0.0f);
   }
 
   // Scores of `count` rows with two units of keys, into columns from `at` on. next: see `tile`.
@@ -112,17 +114,18 @@ struct Rows {
     const float* s = &scores[row * CHUNK];
     bf16* w = &weights[row * CHUNK];
     __m512 top = _mm512_set1_ps(NEVER), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale);
-    for (long i = 0; i < padded; i += LANES) {
-      __mmask16 seen = first_lanes(to - i) & ~first_lanes(from - i);
-      top = _mm512_mask_max_ps(top, seen, top, _mm512_loadu_ps(s + i));
-    }
+    bool all = from <= 0 && to >= padded;
+    auto lanes = [&](long i) -> __mmask16 {
+      return all ? 0xFFFF : first_lanes(to - i) & ~first_lanes(from - i);
+    };
+    for (long i = 0; i < padded; i += LANES)
+      top = _mm512_mask_max_ps(top, lanes(i), top, _mm512_loadu_ps(s + i));
     float before = most[row];
     float now = std::max(before, _mm512_reduce_max_ps(top) * scale);
     __m512 shift = _mm512_set1_ps(now);
     for (long i = 0; i < padded; i += LANES) {
-      __mmask16 seen = first_lanes(to - i) & ~first_lanes(from - i);
       __m512 weight = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, shift));
-      weight = _mm512_maskz_mov_ps(seen, weight);
+      weight = _mm512_maskz_mov_ps(lanes(i), weight);
       sum = _mm512_add_ps(sum, weight);
       store(w + i, weight);
     }
@@ -210,6 +213,9 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
     return cache.unit(block, position % size, item.head);
   };
 
+  // A thread takes a few items at a turn, so that it most often knows what it will read next.
+  long turn = 1 + items.size() / (16 * omp_get_max_threads());
+
 #pragma omp parallel if (tokens > 1 || items.size() > 1)
   {
     std::vector<bf16> turned(size);
@@ -224,7 +230,7 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
     }
 
     Rows rows(std::max(most_queries * group, heads), size);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, turn)
     for (size_t index = 0; index < items.size(); index++) {
       const Item& item = items[index];
       const Item& then = items[std::min(index + 1, items.size() - 1)];
@@ -235,9 +241,12 @@ void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const
       auto query_of = [&](long row) { return row % per_head / group; };
       auto head_of = [&](long row) { return (item.head + row / per_head) * group + row % group; };
       rows.reset(count);
+      long ahead = (query_starts[then.sequence] + then.query - token) * q_stride;
+      ahead += (then.head - item.head) * group * size;
       for (long row = 0; row < count; row++) {
         const bf16* from = q + (token + query_of(row)) * q_stride + head_of(row) * size;
         rotation.turn(from, token + query_of(row), &rows.q[row * size]);
+        for (long d = 0; d < size; d += 32) _mm_prefetch((const char*)(from + ahead + d), _MM_HINT_T0);
       }
       for (long chunk = item.begin; chunk < item.end; chunk += CHUNK) {
         long positions = std::min(CHUNK, item.end - chunk);

@@ -21,12 +21,13 @@ void for_panels(long rows, long columns, F&& f) {
       f(panel, chunk * CHUNK, std::min(CHUNK, rows - chunk * CHUNK));
 }
 
-// x * sigmoid(x), without overflow.
+// x * sigmoid(x), without overflow; the reciprocal is right to 14 bits, bfloat16 keeps 8.
 inline __m512 silu(__m512 x) {
   __m512 one = _mm512_set1_ps(1), small = exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
   __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
   __m512 above = _mm512_mask_mov_ps(small, positive, one);
-  return _mm512_mul_ps(x, _mm512_div_ps(above, _mm512_add_ps(one, small)));
+  __m512 reciprocal = _mm512_rcp14_ps(_mm512_add_ps(one, small));
+  return _mm512_mul_ps(x, _mm512_mul_ps(above, reciprocal));
 }
 
 // Where results go, as bfloat16 or float32. bias, of all panels' columns, may be null. If gated, the
@@ -294,40 +295,35 @@ struct Bytes {
 
 extern "C" {
 
-// x [rows, size], y [rows, columns], or half the columns if gated; float32 if is_float. bias: as long
-// as all panels, or null. size is even.
-void linear_bf16(const bf16* x, const bf16* weights, const bf16* bias, void* y, int is_float,
-                 int gated, long rows, long columns, long size) {
-  Output out{y, is_float != 0, gated != 0, columns, bias};
-  for_panels(rows, columns, [&](long panel, long first, long count) {
-    const bf16* packed = weights + panel * COLUMNS * size;
-    multiply(x, packed, out, panel, first, count, size);
-  });
-}
+// A product, as Python describes it: y [rows, columns], or half the columns if gated, in bfloat16 or
+// float32, from x [rows, size].
+struct Product {
+  long kind;  // 16: bfloat16, size is even; 8: bytes; 4 or 5: groups of 4 or of 8 bits
+  long columns, size, is_float, gated;
+  long group;           // neighbours of x that share a scale (bytes only): a multiple of 16
+  const void* weights;  // in panels
+  const float* scales;  // of the columns (bytes only), as many as all panels have
+  const bf16* bias;     // likewise, or null
+};
 
-// The same from groups of 4 bits (planes = 1) or 8 bits (planes = 2); size is a multiple of 32.
-void linear_groups(const bf16* x, const uint8_t* weights, const bf16* bias, void* y, int is_float,
-                   int gated, long rows, long columns, long size, int planes) {
-  Output out{y, is_float != 0, gated != 0, columns, bias};
-  if (planes == 1)
-    Groups<1>().linear(x, weights, out, rows, size);
-  else
-    Groups<2>().linear(x, weights, out, rows, size);
-}
-
-// The same in 8 bits. scales: of the columns, as many as all panels have. group: neighbours in a row
-// of x that share a scale, a multiple of 16 that divides size.
-void linear_int8(const bf16* x, const uint8_t* weights, const float* scales, const bf16* bias,
-                 void* y, int is_float, int gated, long rows, long columns, long size, long group) {
-  Output out{y, is_float != 0, gated != 0, columns, bias};
-  Bytes bytes(rows, size, group);
+void linear(const Product* product, const bf16* x, void* y, long rows) {
+  const Product& p = *product;
+  Output out{y, p.is_float != 0, p.gated != 0, p.columns, p.bias};
+  if (p.kind == 4) return Groups<1>().linear(x, (const uint8_t*)p.weights, out, rows, p.size);
+  if (p.kind == 5) return Groups<2>().linear(x, (const uint8_t*)p.weights, out, rows, p.size);
+  if (p.kind == 16)
+    return for_panels(rows, p.columns, [&](long panel, long first, long count) {
+      const bf16* packed = (const bf16*)p.weights + panel * COLUMNS * p.size;
+      multiply(x, packed, out, panel, first, count, p.size);
+    });
+  Bytes bytes(rows, p.size, p.group);
 #pragma omp parallel for schedule(static) if (rows > 4)
   for (long row = 0; row < rows; row++) bytes.quantize(x, row);
-  for_panels(rows, columns, [&](long panel, long first, long count) {
-    const uint8_t* packed = weights + panel * COLUMNS * size;
+  for_panels(rows, p.columns, [&](long panel, long first, long count) {
+    const uint8_t* packed = (const uint8_t*)p.weights + panel * COLUMNS * p.size;
     in_parts(count, MAX_ROWS / 2, [&](long part, long some) {
       with_rows<MAX_ROWS / 2>(some, [&](auto R) {
-        bytes.multiply<R>(packed, scales + panel * COLUMNS, out, panel, first + part);
+        bytes.multiply<R>(packed, p.scales + panel * COLUMNS, out, panel, first + part);
       });
     });
   });
