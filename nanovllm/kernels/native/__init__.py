@@ -19,7 +19,7 @@ from nanovllm.kernels.quantized import Groups, to_channels, to_groups
 
 NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 COLUMNS = 32  # of W in a panel
-FEW_ROWS = 4  # whose results have a place of their own
+FEW_ROWS = 64  # whose results have a place of their own
 SIGNATURES = {
     "linear": [*[c_void_p] * 3, c_long],
     "attention": [*[c_void_p, c_long] * 3, *[c_void_p] * 6, c_long, *[c_void_p] * 3, *[c_long] * 6],
@@ -118,13 +118,17 @@ class Panels:
         described.is_float, described.gated = form.result == torch.float32, form.gated
         self.pointer = ctypes.addressof(described)
         self.width = described.columns // 2 if form.gated else described.columns
-        shapes = [(rows, self.width) for rows in range(FEW_ROWS + 1)]
-        self.results = [torch.empty(shape, dtype=self.dtype) for shape in shapes]
+        self.place = torch.empty((FEW_ROWS, self.width), dtype=self.dtype)
+        self.results: dict[int, Tensor] = {}  # rows -> the place of so many
 
     def __call__(self, x: Tensor) -> Tensor:
         x, rows = x.contiguous(), len(x)
-        few = rows <= FEW_ROWS
-        y = self.results[rows] if few else torch.empty((rows, self.width), dtype=self.dtype)
+        y = self.results.get(rows)
+        if y is None:
+            few = rows <= FEW_ROWS
+            y = self.place[:rows] if few else torch.empty((rows, self.width), dtype=self.dtype)
+            if few:
+                self.results[rows] = y
         self.function(self.pointer, x.data_ptr(), y.data_ptr(), rows)
         return y
 
