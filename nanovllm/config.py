@@ -89,6 +89,9 @@ class EngineConfig:
         if seqs and tokens and tokens < seqs:
             why = f"each of max_num_seqs={seqs} needs a token; the nearest is {seqs}"
             raise ConfigError("max_num_batched_tokens", tokens, why)
+        if self.quantization == "gguf" and self.load_format == "dummy":
+            why = "load_format='dummy' reads no file; the nearest is int8"
+            raise ConfigError("quantization", "gguf", why)
 
     def for_model(self, longest: int) -> "EngineConfig":
         """The same with max_model_len, max_num_seqs and max_num_batched_tokens filled in.

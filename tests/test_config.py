@@ -48,6 +48,13 @@ def test_the_defaults() -> None:
     assert EngineConfig.make() == config
 
 
+def test_random_weights_have_no_blocks_of_a_gguf() -> None:
+    with pytest.raises(
+        ConfigError, match=r"quantization='gguf': load_format='dummy' reads no file"
+    ):
+        EngineConfig.make(quantization="gguf", load_format="dummy")
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

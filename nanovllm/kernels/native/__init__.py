@@ -195,7 +195,7 @@ class NativeOps:
         window: int | None,
     ) -> Tensor:  # fmt: skip
         (k_cache, v_cache), (cos, sin) = self.caches[layer], angles
-        num_tokens, num_heads, head_dim = q_TND.shape
+        num_heads, head_dim = q_TND.shape[1:]
         out = torch.empty(q_TND.shape, dtype=q_TND.dtype)
         self.kernels.attention(
             q_TND.data_ptr(), q_TND.stride(0), k_TKD.data_ptr(), k_TKD.stride(0),
