@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens of the batch, N query heads, K key-value heads, D 
 H hidden size, F feed-forward size.
 """
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, Protocol
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from nanovllm.errors import ConfigError, MissingDependencyError
 from nanovllm.kernels.quantized import Groups
+
+log = logging.getLogger(__name__)
 
 Angles = tuple[Tensor, Tensor]  # cos and sin of each token's position: [T, D], halves alike
 Product = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
@@ -108,6 +111,8 @@ def choose_backend(
             return native.Native()
         if name == "native":
             raise ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
+        level = logging.INFO if native.missing_flags() else logging.WARNING  # it could be faster
+        log.log(level, "no native kernels: %s", reason)
     if name == "cpu" or (name == "auto" and on_cpu and dtype in (torch.float32, torch.bfloat16)):
         try:
             return import_module("nanovllm.kernels.cpu")

@@ -270,12 +270,22 @@ def test_naming_the_native_kernels_for_what_they_cannot_do_is_refused() -> None:
 
 
 def test_a_cpu_without_the_instructions_gets_the_next_best(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     assert choose("auto", BF16).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+    assert caplog.text == ""  # nothing that its user could do about it
     with pytest.raises(ConfigError, match=r"this CPU lacks avx512_bf16, avx512_vnni"):
         choose("native", BF16)
+
+
+def test_a_cpu_that_could_but_has_no_compiler_gets_the_next_best_and_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(native.NEEDED_FLAGS))
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert choose("auto", BF16).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
+    assert "no native kernels: needs a C++ compiler: install g++, or set CXX" in caplog.text
 
 
 def test_auto_is_the_reference_for_what_the_cpu_kernel_cannot_do() -> None:

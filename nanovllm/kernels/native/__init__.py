@@ -28,13 +28,18 @@ SIGNATURES = {
 }
 
 
+def missing_flags() -> set[str]:
+    """What this CPU cannot do, but these kernels need."""
+    return NEEDED_FLAGS - cpu_flags()
+
+
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Why these kernels cannot be used, or nothing."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"computes in bfloat16 on a CPU, not in {dtype} on {device}"
     if head_dim % 32 or block_size % 16:
         return f"needs heads of 32·n and blocks of 16·n, not {head_dim} and {block_size}"
-    if missing := NEEDED_FLAGS - cpu_flags():
+    if missing := missing_flags():
         return f"this CPU lacks {', '.join(sorted(missing))}"
     if not compiler():
         return "needs a C++ compiler: install g++, or set CXX"
