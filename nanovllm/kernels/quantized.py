@@ -66,12 +66,12 @@ def to_channels(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight_NC: Tensor | Groups, quantization: str | None, dtype: torch.dtype) -> Tensor:
-    """The values that a weight has after quantization."""
+    """The values that a weight has after quantization: its own where its rows are no whole groups."""
     if isinstance(weight_NC, Groups):
         return weight_NC.dequantize().to(dtype)
     if quantization == "int8":
         q, scale_N = to_channels(weight_NC)
         return (q.float() * scale_N[:, None]).to(dtype)
-    if quantization == "int4":
+    if quantization == "int4" and weight_NC.shape[1] % GROUP == 0:
         return to_groups(weight_NC, 4).dequantize().to(dtype)
     return weight_NC.to(dtype)

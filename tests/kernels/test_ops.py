@@ -120,7 +120,7 @@ def test_other_products_are_those_with_the_rounded_weight(
 
 
 @needs_native
-@pytest.mark.parametrize(("size", "kind"), [(3, None), (34, None), (34, "int8"), (31, "int8")])
+@pytest.mark.parametrize(("size", "kind"), [(3, None), (34, "int4"), (34, "int8"), (31, "int8")])
 def test_sizes_that_the_native_products_cannot_do(size: int, kind: str | None) -> None:
     x, weight, form = random(5, size), random(40, size), Form(BF16, BF16, kind)
     actual = native.Native().pack(weight.clone(), None, form)(x)
