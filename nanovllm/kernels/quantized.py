@@ -66,7 +66,7 @@ def to_channels(weight_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight_NC: Tensor | Groups, quantization: str | None, dtype: torch.dtype) -> Tensor:
-    """The values that a weight has after quantization: its own where its rows are no whole groups."""
+    """The values that a weight has after quantization; its own where rows are no whole groups."""
     if isinstance(weight_NC, Groups):
         return weight_NC.dequantize().to(dtype)
     if quantization == "int8":

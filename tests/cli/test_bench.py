@@ -119,6 +119,19 @@ def test_startup_times_a_command_of_its_own_each_round(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Avg warm startup time: ")
 
 
+def test_a_cold_start_finds_no_compiled_kernels(tiny, tmp_path, monkeypatch):
+    found = []
+
+    def first_token_s(words: list[str], variables: dict[str, str]) -> float:
+        found.append([list(Path(folder).iterdir()) for folder in variables.values()])
+        return 1.5
+
+    monkeypatch.setattr("nanovllm.cli.bench.first_token_s", first_token_s)
+    line = "--num-iters-cold 1 --num-iters-warmup 0 --num-iters-warm 1"
+    assert bench("startup", line, tiny, tmp_path)["cold_startup_times"] == [1.5]
+    assert found == [[[], []], []]  # an empty folder for each of the two kinds; then the usual ones
+
+
 def test_a_start_that_fails_is_told_in_the_words_of_the_command(tmp_path, capsys):
     line = f"startup -m {tmp_path}/missing --num-iters-cold 0"
     status, message = error_of(line, capsys)

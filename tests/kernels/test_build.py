@@ -36,6 +36,14 @@ def test_a_library_is_compiled_once(
 
 
 @needs_compiler
+def test_the_library_goes_where_it_is_told(
+    one_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOVLLM_KERNEL_CACHE", str(tmp_path / "own"))
+    assert build.library().parent == tmp_path / "own"
+
+
+@needs_compiler
 def test_other_sources_are_another_library(one_source: Path) -> None:
     made = build.library()
     (one_source.parent / "tile.h").write_text("#pragma once\n// changed\n")

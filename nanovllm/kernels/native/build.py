@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nanovllm.cache import cache_root
+from nanovllm.cache import kernel_cache
 
 SOURCES = Path(__file__).parent
 OPTIONS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-w"]
@@ -47,7 +47,7 @@ def library() -> Path:
     key = hashlib.sha256("\0".join([*OPTIONS, command, *sorted(cpu_flags())]).encode())
     for file in [*files, SOURCES / "tile.h"]:
         key.update(file.read_bytes())
-    target = cache_root() / "kernels" / f"{key.hexdigest()[:16]}.so"
+    target = kernel_cache() / f"{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     print("Compiling kernels for this CPU (once) ...", file=sys.stderr, flush=True)
