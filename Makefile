@@ -34,7 +34,7 @@ install: .venv/.dev
 	$(PYTHON) -m venv .venv
 	@echo "Installing into .venv (torch is large; this takes a few minutes the first time) ..."
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[cpu,gguf]'
+	$(PIP) -e '.[cpu,gguf,server]'
 	@touch $@
 
 .venv/.dev: .venv/.runtime

@@ -7,17 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nanovllm.async_llm import AsyncLLM as AsyncLLM
     from nanovllm.config import EngineConfig as EngineConfig
     from nanovllm.llm import LLM as LLM
     from nanovllm.outputs import CompletionOutput as CompletionOutput
     from nanovllm.outputs import RequestOutput as RequestOutput
+    from nanovllm.sampling_params import RequestOutputKind as RequestOutputKind
     from nanovllm.sampling_params import SamplingParams as SamplingParams
+    from nanovllm.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 HOMES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
+    "RequestOutputKind": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs",
     "EngineConfig": "config",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",

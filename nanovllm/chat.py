@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -42,6 +43,7 @@ def chat_prompts(
 def render_chat(
     config: Mapping[str, Any],
     messages: Sequence[Message],
+    /,
     *,
     chat_template: str | None = None,
     add_generation_prompt: bool = True,
@@ -66,7 +68,7 @@ def render_chat(
     names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     names |= special_tokens(config) | variables
     try:
-        return sandbox().from_string(source).render(messages=messages, **names)
+        return compiled(source).render(messages=messages, **names)
     except Exception as error:  # a template can fail in any way
         raise InvalidRequestError("messages", messages, f"chat template: {error}") from error
 
@@ -79,6 +81,12 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
+
+
+@lru_cache(maxsize=16)
+def compiled(source: str) -> jinja2.Template:
+    """A template, parsed once: that takes longer than a rendering."""
+    return sandbox().from_string(source)
 
 
 def sandbox() -> ImmutableSandboxedEnvironment:

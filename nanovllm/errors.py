@@ -6,7 +6,9 @@ value found there, and what to do about it.
     ├── InvalidRequestError     a prompt or sampling parameter is impossible    (a ValueError)
     ├── ModelLoadError          a model's files are missing, damaged or of an unknown kind
     ├── MissingDependencyError  an optional package is needed; names the extra  (an ImportError)
+    ├── QueueFullError          so many requests wait already that no more are taken in
     ├── RequestFailedError      one request ended with an error; the others went on
+    ├── TemplateError           a chat template takes too long or too much memory
     └── EngineDeadError         the engine was closed or its workers are gone
 """
 
@@ -21,12 +23,16 @@ class FieldError(NanoVLLMError, ValueError):
     Attributes:
         field: name of the argument.
         value: what was given.
+        remedy: what is wrong with it, or what to give instead.
     """
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except RecursionError:
+            shown = "(nested without end)"
         super().__init__(f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'}: {remedy}")
-        self.field, self.value = field, value
+        self.field, self.value, self.remedy = field, value, remedy
 
 
 class ConfigError(FieldError):
@@ -48,8 +54,16 @@ class MissingDependencyError(NanoVLLMError, ImportError):
         super().__init__(f"{purpose} needs the package {package}: pip install 'nano-vllm[{extra}]'")
 
 
+class QueueFullError(NanoVLLMError):
+    """So many requests wait already that no more are taken in: try again later."""
+
+
 class RequestFailedError(NanoVLLMError):
     """One request ended with an error; the others went on."""
+
+
+class TemplateError(NanoVLLMError):
+    """A chat template takes too long or too much memory: mend the template."""
 
 
 class EngineDeadError(NanoVLLMError):

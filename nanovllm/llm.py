@@ -173,7 +173,7 @@ class LLM:
                 # one that finished while another caller stepped the engine is shown once more
                 done = {request for request in open_requests if request.finished}
                 advanced = [] if done else engine.step()
-                for request in done or open_requests.intersection(advanced):
+                for request in done or open_requests.intersection(r for r, _ in advanced):
                     if request.finished:
                         open_requests.remove(request)
                         bar.update()

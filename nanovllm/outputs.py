@@ -1,7 +1,7 @@
 """What a request comes back as. vLLM's names; `out["text"]` works too."""
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.core.sequence import Sequence
@@ -87,8 +87,17 @@ class RequestOutput:
         return getattr(self.outputs[0] if name in ("text", "token_ids") else self, name)
 
 
+# index of a sample -> how many of its characters and tokens were shown before
+Since = Mapping[int, tuple[int, int]] | None
+
+
 def request_output(
-    request: "Request", tokenizer: "Tokenizer | None", eos_token_ids: Set[int], *, partial: bool
+    request: "Request",
+    tokenizer: "Tokenizer | None",
+    eos_token_ids: Set[int],
+    *,
+    partial: bool,
+    since: Since = None,
 ) -> RequestOutput:
     """A request as it stands.
 
@@ -97,6 +106,7 @@ def request_output(
         eos_token_ids: ends that need no stop_reason.
         partial: leave out text that may be the start of a stop string, so that what is shown
             never has to be taken back.
+        since: leave out what was shown before, and samples that have no news or are not in it.
     """
     first, params = request.sequences[0], request.params
     prompt_logprobs: list[Logprobs | None] | None = None
@@ -107,15 +117,19 @@ def request_output(
         prompt_logprobs = [None, *show_logprobs(known, tokenizer)]
     outputs = []
     for seq, text in zip(request.sequences, request.texts, strict=True):
+        num_chars, num_ids = (0, 0) if since is None else since.get(seq.index, (0, seq.num_tokens))
+        ids = seq.token_ids[seq.num_prompt_tokens + num_ids :]
+        if since is not None and not ids and (seq.index not in since or not seq.finish_reason):
+            continue
         logprobs, total = None, None
         if params.logprobs is not None:
-            logprobs = show_logprobs(seq.logprobs, tokenizer)
+            logprobs = show_logprobs(seq.logprobs[num_ids:], tokenizer)
             total = sum(entry.logprobs[0] for entry in seq.logprobs)
         shown = text.safe if partial and not seq.finish_reason else text.text
         own_end = seq.stop_reason in eos_token_ids and not params.ignore_eos
-        ids, end, why = seq.output_token_ids, seq.finish_reason, seq.stop_reason
-        why = None if own_end else why
-        outputs.append(CompletionOutput(seq.index, shown, ids, total, logprobs, end, why))
+        end, why = seq.finish_reason, None if own_end else seq.stop_reason
+        new = shown[num_chars:]
+        outputs.append(CompletionOutput(seq.index, new, ids, total, logprobs, end, why))
     return RequestOutput(
         first.request_id,
         request.prompt,
@@ -126,3 +140,15 @@ def request_output(
         first.num_cached_tokens,
         RequestTiming.of(first),
     )
+
+
+def merged(first: RequestOutput, then: RequestOutput) -> RequestOutput:
+    """Two outputs of a request, each with what was new in it, as one."""
+    outputs = {sample.index: sample for sample in first.outputs}
+    for new in then.outputs:
+        if (old := outputs.get(new.index)) is not None:
+            logprobs = None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs]
+            text, token_ids = old.text + new.text, old.token_ids + new.token_ids
+            new = replace(new, text=text, token_ids=token_ids, logprobs=logprobs)
+        outputs[new.index] = new
+    return replace(then, outputs=list(outputs.values()))

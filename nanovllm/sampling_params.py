@@ -2,11 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING
 
 from nanovllm.checks import HUGE, check_fields, ranged
 from nanovllm.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    from nanovllm.structured_outputs import StructuredOutputsParams
+
 TINY = 1e-30
+
+
+class RequestOutputKind(Enum):
+    """What each output of a request that is followed holds: all so far, what is new since the
+    last one, or nothing before the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +49,8 @@ class SamplingParams:
         allowed_token_ids: nothing else is sampled. bad_words: these are never completed.
         bad_words_token_ids: bad_words as token ids; the engine fills it in.
         detokenize: False makes no text. skip_special_tokens: leave them out of it.
+        structured_outputs: the form that the output must have.
+        output_kind: what AsyncLLM yields while the request runs.
 
     Raises:
         InvalidRequestError: a value is out of its range.
@@ -63,6 +79,8 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: "StructuredOutputsParams | None" = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         if self.seed == -1:  # as in vLLM
@@ -104,7 +122,8 @@ class SamplingParams:
         """True if the model's logits decide alone, up to temperature."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
         masks = (self.min_tokens, self.logit_bias, self.allowed_token_ids, self.bad_words_token_ids)
-        return not (self.truncates or any(penalties) or any(masks))
+        formed = self.structured_outputs is not None
+        return not (formed or self.truncates or any(penalties) or any(masks))
 
     def for_sample(self, index: int, default_seed: int) -> "SamplingParams":
         """The parameters of sample `index` of `n`: one sample, with a seed of its own."""

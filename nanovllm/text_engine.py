@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.checks import check_ids, check_kinds
 from nanovllm.core.engine import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.outputs import RequestOutput, request_output
+from nanovllm.outputs import RequestOutput, Since, request_output
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Text, Tokenizer
 
@@ -72,6 +72,10 @@ class TextEngine:
                 token_ids = self.tokenizer.encode(token_ids)
             bad = [ids for word in params.bad_words or () for ids in self.tokenizer.variants(word)]
             params = replace(params, bad_words_token_ids=bad) if bad else params
+        if params.structured_outputs is not None:
+            from nanovllm.structured_outputs import check_grammar
+
+            check_grammar(params.structured_outputs, self.tokenizer, self.vocab_size)
         self.core.check_length(len(token_ids))
         check_ids(token_ids, params, self.vocab_size)
         text = text if isinstance(text, str) else None
@@ -86,11 +90,11 @@ class TextEngine:
         self.requests |= dict.fromkeys((seq.seq_id for seq in request.sequences), request)
         return request
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[tuple[Request, Sequence]]:
         """One step of the engine.
 
         Returns:
-            the requests that advanced, as often as they have sequences that did.
+            the sequences that got a token or ended, each with its request.
         """
         advanced = []
         try:
@@ -100,7 +104,7 @@ class TextEngine:
             raise
         for seq in stepped:
             request = self.requests[seq.seq_id]
-            advanced.append(request)
+            advanced.append((request, seq))
             reason = "stop"
             try:
                 why = request.texts[seq.index].advance()
@@ -119,12 +123,11 @@ class TextEngine:
         for seq in request.sequences:
             self.requests.pop(seq.seq_id, None)
 
-    def output(self, request: Request, *, partial: bool = False) -> RequestOutput:
-        """A request as it stands.
-
-        Args:
-            partial: leave out text that may be the start of a stop string, so that what is shown
-                never has to be taken back.
-        """
+    def output(
+        self, request: Request, *, partial: bool = False, since: Since = None
+    ) -> RequestOutput:
+        """A request as it stands; see `request_output`."""
         tokenizer = self.tokenizer if request.params.detokenize else None
-        return request_output(request, tokenizer, self.core.eos_token_ids, partial=partial)
+        return request_output(
+            request, tokenizer, self.core.eos_token_ids, partial=partial, since=since
+        )

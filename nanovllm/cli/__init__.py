@@ -11,9 +11,11 @@ from nanovllm.errors import FieldError, NanoVLLMError
 
 COMMANDS = {
     "generate": "complete prompts",
-    "chat": "talk with a model",
+    "serve": "serve a model to OpenAI's clients",
+    "chat": "talk with a model, here or at a server",
+    "complete": "complete prompts at a server",
     "pull": "fetch a model, or see that it is there and can be read",
-    "bench": "measure throughput, latency or the time to start",
+    "bench": "measure throughput, latency, the time to start, or a server",
     "eval-ppl": "measure how well a model knows a text: its perplexity",
 }
 

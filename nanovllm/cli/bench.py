@@ -111,7 +111,7 @@ def run(argv: list[str]) -> int:
     listing = "".join(f"\n  {name:<12}{text}" for name, (_, text) in KINDS.items())
     parser = Parser(
         prog="nanovllm bench",
-        description="Measure the engine on this machine.",
+        description="Measure the engine on this machine, or a server.",
         epilog=f"kinds:{listing}\n\n`nanovllm bench KIND --help` shows the flags of a kind.",
     )
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help="one of those below")
@@ -215,10 +215,17 @@ def startup(argv: list[str]) -> None:
     write(bench.output_json, result)
 
 
+def serve(argv: list[str]) -> None:
+    from nanovllm.cli import bench_serve
+
+    bench_serve.run(argv)
+
+
 KINDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "throughput": (throughput, "many requests at once: tokens and requests per second"),
     "latency": (latency, "one batch, again and again: seconds until it is done"),
     "startup": (startup, "seconds from command to first token, in new processes"),
+    "serve": (serve, "requests to a server, as they would come: latency, throughput, goodput"),
 }
 
 

@@ -2,12 +2,15 @@
 
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli import report
-from nanovllm.cli.flags import Parser, add_flags, given
+from nanovllm.cli.complete import add_server_flags, request_fields
+from nanovllm.cli.flags import Parser, add_flags, flag, given
+from nanovllm.client import Client
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError, RequestFailedError
 from nanovllm.sampling_params import SamplingParams
@@ -22,30 +25,50 @@ NOT_HERE = ["seed", "n", "logprobs", "prompt_logprobs", "detokenize"]
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="nanovllm chat",
-        usage="nanovllm chat [MODEL] [--system-prompt TEXT] [flags]",
+        usage="nanovllm chat [MODEL] [--url URL] [--system-prompt TEXT] [flags]",
         description="Talk with a model. Takes the likeliest tokens; --temperature 1 samples.\n"
         "/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.",
         epilog="A list (--stop, ...) is given by repeating its flag.",
     )
     parser.add_argument("words", nargs="*", metavar="MODEL", help="the same as -m MODEL")
     parser.add_argument("--system-prompt", metavar="TEXT", help="what the model is told first")
+    add_server_flags(parser, None)
     add_flags(parser, EngineConfig, skip=["skip_tokenizer_init"])
     add_flags(parser, SamplingParams, skip=NOT_HERE, defaults=DEFAULTS)
     args, words = parser.parse(argv)
-    settings, params = given(args, EngineConfig), SamplingParams(**given(args, SamplingParams))
+    settings, params = given(args, EngineConfig), given(args, SamplingParams)
     if len(words) + ("model" in settings) > 1:
         parser.error("give one MODEL; questions are typed in the chat")
     if words:
         settings["model"] = words[0]
+    if args.url is None:
+        talk_here(settings, SamplingParams(**params), args.system_prompt)
+    else:
+        others = [flag(name) for name in settings if name not in ("model", "seed")]
+        if others:
+            parser.error(f"{others[0]} is for a model here; the server at --url has its own")
+        client = Client(args.url, args.api_key)
+        seed = {"seed": settings["seed"]} if "seed" in settings else {}
+        body = request_fields(params | seed)
+        body["model"] = settings.get("model") or client.first_model()
+        greet(f"{body['model']} at {client.url}")
+        talk(ServerConversation(client, body, args.system_prompt))
+    return 0
+
+
+def talk_here(settings: dict[str, Any], params: SamplingParams, system_prompt: str | None) -> None:
     config = EngineConfig.make(**settings)  # so that a bad value is found before torch is imported
 
     from nanovllm.llm import LLM
 
     with LLM(**settings) as llm:
-        if sys.stdin.isatty():
-            say(f"{config.model}: /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
-        talk(Conversation(llm, params, args.system_prompt))
-    return 0
+        greet(config.model)
+        talk(LocalConversation(llm, params, system_prompt))
+
+
+def greet(model: str) -> None:
+    if sys.stdin.isatty():
+        say(f"{model}: /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
 
 
 def talk(conversation: "Conversation") -> None:
@@ -66,7 +89,7 @@ def talk(conversation: "Conversation") -> None:
                     report(error)
 
 
-class Conversation:
+class Conversation(ABC):
     """What was said, and how it goes on.
 
     Attributes:
@@ -74,8 +97,7 @@ class Conversation:
         turns: the messages after it: user, assistant, user, ...
     """
 
-    def __init__(self, llm: "LLM", params: SamplingParams, system_prompt: str | None) -> None:
-        self.llm, self.params = llm, params
+    def __init__(self, system_prompt: str | None) -> None:
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.turns: list[dict[str, str]] = []
 
@@ -86,26 +108,78 @@ class Conversation:
             InvalidRequestError, RequestFailedError: there is no answer; the question is dropped.
         """
         self.turns.append({"role": "user", "content": text})
-        shown, reason = "", None
         try:
-            with interruptible() as interrupts:
-                for output in self.llm.stream(self.prompt(), self.params):
-                    sample = output.outputs[0]
-                    print(sample.text[len(shown) :], end="", flush=True)
-                    shown, reason = sample.text, sample.finish_reason
-                    if interrupts:
-                        break  # drops the iterator, which aborts the request
-            print(flush=True)
-            if reason == "error":
-                raise RequestFailedError(f"no answer: {sample.stop_reason}")
+            shown, note = self.reply()
         except (InvalidRequestError, RequestFailedError):
             self.turns.pop()
             raise
         self.turns.append({"role": "assistant", "content": shown})
-        if reason == "length":
-            say(f"(cut after {len(sample.token_ids)} tokens; see --max-tokens and --max-model-len)")
-        elif reason is None:
-            say("(stopped)")
+        if note:
+            say(note)
+
+    @abstractmethod
+    def reply(self) -> tuple[str, str]:
+        """Print an answer to the last turn.
+
+        Returns:
+            the answer, and a note if it is not whole.
+        """
+
+
+class ServerConversation(Conversation):
+    """With a model that a server runs.
+
+    Args:
+        body: what each request says but for its messages.
+    """
+
+    def __init__(self, client: Client, body: dict[str, Any], system_prompt: str | None) -> None:
+        super().__init__(system_prompt)
+        self.client, self.body = client, body
+
+    def reply(self) -> tuple[str, str]:
+        body = {**self.body, "messages": [*self.system, *self.turns]}
+        shown, reason = "", None
+        with closing(self.client.stream("/v1/chat/completions", body)) as chunks:
+            try:
+                for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+                    text = choice["delta"].get("content") or ""
+                    shown += text
+                    print(text, end="", flush=True)
+                    reason = choice.get("finish_reason") or reason
+            except KeyboardInterrupt:
+                reason = "interrupt"
+        print(flush=True)
+        notes = {"length": "(cut; see --max-tokens)", "interrupt": "(stopped)"}
+        return shown, notes.get(reason or "", "")
+
+
+class LocalConversation(Conversation):
+    """With a model of this process."""
+
+    def __init__(self, llm: "LLM", params: SamplingParams, system_prompt: str | None) -> None:
+        super().__init__(system_prompt)
+        self.llm, self.params = llm, params
+
+    def reply(self) -> tuple[str, str]:
+        shown, reason = "", None
+        with interruptible() as interrupts:
+            for output in self.llm.stream(self.prompt(), self.params):
+                sample = output.outputs[0]
+                print(sample.text[len(shown) :], end="", flush=True)
+                shown, reason = sample.text, sample.finish_reason
+                if interrupts:
+                    break  # drops the iterator, which aborts the request
+        print(flush=True)
+        match reason:
+            case "error":
+                raise RequestFailedError(f"no answer: {sample.stop_reason}")
+            case "length":
+                count = len(sample.token_ids)
+                return shown, f"(cut after {count} tokens; see --max-tokens and --max-model-len)"
+            case None:
+                return shown, "(stopped)"
+        return shown, ""
 
     def prompt(self) -> dict[str, Any]:
         """The conversation as a prompt. The oldest turns are dropped so that an answer fits in,

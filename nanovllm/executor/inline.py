@@ -8,6 +8,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.errors import ConfigError, EngineDeadError
 from nanovllm.kernels import choose_backend
+from nanovllm.models.checkpoint import locate
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.load import load_model
 from nanovllm.worker.inputs import SequenceTable
@@ -43,7 +44,9 @@ class InlineExecutor:
         self.num_blocks = num_kv_blocks(config, model_config, like)
         caches = allocate(model_config, self.num_blocks, config.block_size, like)
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-        self.runner: ModelRunner | None = ModelRunner(model, backend, caches, table)
+        words = config.tokenizer if not config.skip_tokenizer_init else None
+        parts = model, backend, caches, table, model_config, locate(words) if words else path
+        self.runner: ModelRunner | None = ModelRunner(*parts)
         self.runner.warm_up()
 
     def execute(self, plan: StepPlan) -> StepResult:

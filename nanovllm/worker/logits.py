@@ -1,5 +1,7 @@
 """What sampling parameters do to logits before a token is chosen, in vLLM's order."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -7,20 +9,29 @@ from nanovllm.core.plan import NewSequence
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.inputs import Array
 
+if TYPE_CHECKING:
+    from nanovllm.worker.grammar import Grammars
+
 
 def process(
-    logits_RV: Tensor, rows: list[tuple[NewSequence, Array]], errors: dict[int, str]
+    logits_RV: Tensor,
+    rows: list[tuple[NewSequence, Array]],
+    errors: dict[int, str],
+    grammars: "Grammars | None" = None,
 ) -> Tensor:
-    """Masks, biases, penalties, then min_p, top_k and top_p. Overwrites the logits.
+    """Forms, masks, biases, penalties, then min_p, top_k and top_p. Overwrites the logits.
 
     Args:
-        rows: see sampler.sample. errors: row -> what went wrong there, filled in.
+        rows, grammars: see sampler.sample. errors: row -> what went wrong there, filled in.
 
     Returns:
         logits [R, V]; what must not be sampled is -inf.
     """
     for i, (seq, token_ids) in enumerate(rows):
         try:
+            if seq.params.structured_outputs is not None:
+                assert grammars is not None
+                grammars.restrict(logits_RV[i], seq, token_ids)
             adjust(logits_RV[i], seq, token_ids)
         except Exception as error:  # of this row only
             errors[i] = f"{type(error).__name__}: {error}"

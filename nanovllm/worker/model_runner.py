@@ -1,17 +1,28 @@
 """ModelRunner: carries out plans on one device."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.kernels import AttentionBatch, Backend, KVCache
+from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.worker.inputs import SequenceTable, StepInputs
 from nanovllm.worker.sampler import sample
 
+if TYPE_CHECKING:
+    from nanovllm.worker.grammar import Grammars
+
 
 class ModelRunner:
-    """A model, its KV cache (one for each layer) and the sequences it is computing."""
+    """A model, its KV cache (one for each layer) and the sequences it is computing.
+
+    Args:
+        path: of the tokenizer; read when the first sequence with structured_outputs comes.
+    """
 
     def __init__(
         self,
@@ -19,15 +30,25 @@ class ModelRunner:
         backend: Backend,
         caches: list[KVCache],
         table: SequenceTable,
+        config: ModelConfig,
+        path: Path,
     ) -> None:
         self.model, self.backend, self.caches, self.table = model, backend, caches, table
-        self.device = caches[0].k.device
+        self.device, self.config, self.path = caches[0].k.device, config, path
+        self.grammars: Grammars | None = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the tokens that the plan schedules; sample where a sequence got to its end."""
         table = self.table
         table.apply(plan)
+        if self.grammars is not None:
+            self.grammars.forget(plan.removed)
+        elif any(new.params.structured_outputs is not None for new in plan.new_sequences):
+            from nanovllm.worker.grammar import Grammars
+
+            config = self.config
+            self.grammars = Grammars(self.path, config.eos_token_ids, config.vocab_size)
         inputs = table.prepare(plan)
         last_R = (inputs.attention.query_starts[inputs.sampled + 1] - 1).to(self.device)
         result = StepResult([-1] * len(plan.seq_ids))
@@ -65,7 +86,7 @@ class ModelRunner:
         table, rows = self.table, inputs.rows[inputs.sampled]
         logits_RV = self.model.logits(hidden_RH).float()
         known = [(table.sequences[r], table.token_ids[r, : table.num_tokens[r]]) for r in rows]
-        samples = sample(logits_RV, known)
+        samples = sample(logits_RV, known, self.grammars)
         for i, token_id in zip(inputs.sampled, samples.token_ids, strict=True):
             result.token_ids[i] = token_id
         table.append(rows, samples.token_ids)

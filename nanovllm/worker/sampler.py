@@ -6,12 +6,16 @@ a preemption.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanovllm.core.plan import NewSequence, TokenLogprobs
 from nanovllm.worker.inputs import Array
+
+if TYPE_CHECKING:
+    from nanovllm.worker.grammar import Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +27,22 @@ class Samples:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def sample(logits_RV: Tensor, rows: list[tuple[NewSequence, Array]]) -> Samples:
+def sample(
+    logits_RV: Tensor, rows: list[tuple[NewSequence, Array]], grammars: "Grammars | None" = None
+) -> Samples:
     """Choose the next token of each row.
 
     Args:
         logits_RV: float32; may be overwritten.
         rows: the sequence of each row, and its tokens up to now.
+        grammars: knows the forms of outputs; None if no row must have one.
     """
     params = [seq.params for seq, _ in rows]
     samples, raw_RV = Samples([]), logits_RV
     if not all(p.plain for p in params):
         from nanovllm.worker.logits import process  # masks, penalties, top_k and the like
 
-        logits_RV = process(logits_RV.clone(), rows, samples.errors)
+        logits_RV = process(logits_RV.clone(), rows, samples.errors, grammars)
     likeliest_R = argmax(logits_RV)
     largest_R = logits_RV.gather(1, likeliest_R[:, None])[:, 0]
     samples.token_ids.extend(likeliest_R.tolist())

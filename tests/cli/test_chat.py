@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from nanovllm.cli import main
-from nanovllm.cli.chat import Conversation, typed_lines
+from nanovllm.cli.chat import LocalConversation, ServerConversation, typed_lines
+from nanovllm.client import Client
 from nanovllm.errors import InvalidRequestError, RequestFailedError
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from tests.cli.fake_openai import Answer, deltas, serving
 
 SMALL = ["--num-kv-blocks", "64"]
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -51,7 +53,7 @@ def test_each_line_gets_an_answer_until_the_end_of_input(tiny, capsys, monkeypat
 
 
 def test_the_answer_is_that_of_llm_chat(llm, capsys):
-    conversation = Conversation(llm, PARAMS, "Be brief.")
+    conversation = LocalConversation(llm, PARAMS, "Be brief.")
     conversation.answer("Hello")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     expected = llm.chat(messages, PARAMS, use_tqdm=False)[0].outputs[0].text
@@ -60,7 +62,9 @@ def test_the_answer_is_that_of_llm_chat(llm, capsys):
 
 
 def test_a_later_turn_finds_the_earlier_ones_in_the_prefix_cache(llm):
-    conversation = Conversation(llm, PARAMS, "Be brief, be kind, and answer in plain words. " * 8)
+    conversation = LocalConversation(
+        llm, PARAMS, "Be brief, be kind, and answer in plain words. " * 8
+    )
     conversation.answer("Hello")
     first = int(llm.get_metrics()["prompt_tokens_total"])
     assert first > 64
@@ -71,7 +75,7 @@ def test_a_later_turn_finds_the_earlier_ones_in_the_prefix_cache(llm):
 
 def test_the_oldest_turns_are_dropped_when_the_conversation_is_too_long(tiny, capsys):
     with LLM(str(tiny), num_kv_blocks=64, max_model_len=96) as llm:
-        conversation = Conversation(llm, PARAMS, "Be brief.")
+        conversation = LocalConversation(llm, PARAMS, "Be brief.")
         for number in range(8):
             conversation.answer(f"This is question number {number}.")
         prompt = conversation.prompt()
@@ -83,7 +87,7 @@ def test_the_oldest_turns_are_dropped_when_the_conversation_is_too_long(tiny, ca
 
 
 def test_a_question_that_can_never_fit_is_refused_and_forgotten(llm, capsys):
-    conversation = Conversation(llm, PARAMS, None)
+    conversation = LocalConversation(llm, PARAMS, None)
     conversation.answer("Hello")
     with pytest.raises(InvalidRequestError, match="must be shorter than 1024 tokens"):
         conversation.answer("word " * 1100)
@@ -91,15 +95,15 @@ def test_a_question_that_can_never_fit_is_refused_and_forgotten(llm, capsys):
 
 
 def test_an_answer_that_fails_is_reported_and_the_chat_goes_on(tiny, capsys, monkeypatch):
-    answer, asked = Conversation.answer, []
+    answer, asked = LocalConversation.answer, []
 
-    def fail_first(self: Conversation, text: str) -> None:
+    def fail_first(self: LocalConversation, text: str) -> None:
         asked.append(text)
         if len(asked) == 1:
             raise RequestFailedError("no answer: out of luck")
         answer(self, text)
 
-    monkeypatch.setattr(Conversation, "answer", fail_first)
+    monkeypatch.setattr(LocalConversation, "answer", fail_first)
     words = ["-m", str(tiny), *SMALL, "--max-tokens", "3"]
     assert chat(words, "one\ntwo\n", monkeypatch) == 0
     assert asked == ["one", "two"]
@@ -118,7 +122,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(llm, capsys, monkeypatch):
             yield output
 
     monkeypatch.setattr(llm, "stream", press_after_three)
-    conversation = Conversation(llm, PARAMS, None)
+    conversation = LocalConversation(llm, PARAMS, None)
     conversation.answer("Hello")
     captured = capsys.readouterr()
     assert captured.err == "(stopped)\n"
@@ -171,3 +175,69 @@ def test_a_running_chat_survives_sigint_and_answers_the_next_line(tiny):
     assert process.returncode == 0
     assert err.startswith(b"(starting over)\n(cut after ")
     assert out.endswith(b"\n")
+
+
+# --url
+
+
+def test_a_server_is_asked_with_the_whole_conversation(capsys, monkeypatch):
+    with serving(lambda _: Answer(deltas("Yes", "."))) as fake:
+        words = ["--url", fake.url, "--system-prompt", "Be brief.", "--top-k", "2", "--seed", "3"]
+        assert chat(words, "One?\nTwo?\n/reset\nThree?\n/quit\nFour?\n", monkeypatch) == 0
+    assert capsys.readouterr() == ("Yes.\n" * 3, "(starting over)\n")
+    system = {"role": "system", "content": "Be brief."}
+    said = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    asked = [body.pop("messages") for body in fake.bodies]
+    assert asked == [
+        [system, said[0]],
+        [system, *said],
+        [system, {"role": "user", "content": "Three?"}],
+    ]
+    assert {path for path, _, _ in fake.seen} == {"/v1/chat/completions"}
+    assert fake.bodies[0] == {
+        "model": "org/fake-1b", "stream": True, "temperature": 0.0, "max_tokens": 512, "top_k": 2,
+        "seed": 3,
+    }  # fmt: skip
+
+
+def test_what_a_server_refuses_is_reported_and_the_chat_goes_on(capsys, monkeypatch):
+    def refuse_first(body: dict[str, Any]) -> Answer:
+        if len(fake.seen) == 1:
+            return Answer([{"error": {"message": "too long"}}], status=400)
+        return Answer(deltas("Hm", finish_reason="length"))
+
+    with serving(refuse_first) as fake:
+        assert chat(["mine", "--url", fake.url], "One?\nTwo?\n", monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hm\n"
+    assert captured.err == "nanovllm: error: HTTP 400: too long\n(cut; see --max-tokens)\n"
+    assert fake.bodies[1]["messages"] == [{"role": "user", "content": "Two?"}]
+    assert fake.bodies[1]["model"] == "mine"
+
+
+def test_ctrl_c_closes_the_connection_and_keeps_what_came(capsys, monkeypatch):
+    stream = Client.stream
+
+    def press_after_two(*args: Any) -> Iterator[Any]:
+        for number, chunk in enumerate(stream(*args)):
+            yield chunk
+            if number == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Client, "stream", press_after_two)
+    with serving(lambda _: Answer(deltas("One", " two", " three"), hold=True)) as fake:
+        conversation = ServerConversation(Client(fake.url), {"model": "mine"}, None)
+        conversation.answer("Count.")
+        assert fake.gone.wait(10)
+    assert capsys.readouterr() == ("One two\n", "(stopped)\n")
+    assert conversation.turns[-1] == {"role": "assistant", "content": "One two"}
+
+
+def test_flags_of_a_model_here_are_refused_with_a_server(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", "--url", "http://127.0.0.1:1", "--num-kv-blocks", "64"])
+    assert "--num-kv-blocks is for a model here" in capsys.readouterr().err
