@@ -1,6 +1,7 @@
 # make demo     answer a dozen questions with a real model
 # make test     every test            make check   style, types, import rules, line budget
 # make fuzz     the stateful scheduler test for MINUTES (default 5)
+# make soak     random load on a server for MINUTES: nothing lost, wrong or kept
 # Each target makes what it needs in .venv; a second run installs nothing.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ MINUTES ?= 5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fuzz install clean
+.PHONY: demo test check fuzz soak install clean
 
 demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
@@ -26,6 +27,9 @@ check: .venv/.dev
 
 fuzz: .venv/.dev
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest --timeout 0 tests/core/test_invariants.py
+
+soak: .venv/.dev
+	$(BIN)/python scripts/soak --minutes $(MINUTES)
 
 install: .venv/.dev
 

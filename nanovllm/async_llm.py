@@ -22,7 +22,12 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
 from nanovllm.config import DEFAULT_MODEL, EngineConfig
 from nanovllm.core.sequence import Sequence
-from nanovllm.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from nanovllm.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+)
 from nanovllm.llm import build
 from nanovllm.outputs import RequestOutput, merged
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -82,6 +87,7 @@ class Stream:
 
         Raises:
             EngineDeadError: nothing will ever be.
+            RequestFailedError: something raised on the request's account.
         """
         await self.news.wait()
         self.news.clear()
@@ -285,7 +291,18 @@ class AsyncLLM:
 
     def _submit(self, stream: Stream, request_id: str) -> None:
         self._streams[stream.request] = stream
-        self.engine.submit(stream.request, request_id)
+        try:
+            self.engine.submit(stream.request, request_id)
+        except Exception as error:
+            self._fail(stream, error)
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        """End a request on whose account something raised; the others go on."""
+        logger.error("a request failed", exc_info=error)
+        self._streams.pop(stream.request, None)
+        self._end(stream.request)
+        failure = RequestFailedError(f"the request failed: {type(error).__name__}: {error}")
+        self._send([(stream, failure)], stream.loop)
 
     def _abort(self, request: Request) -> None:
         self._end(request)
@@ -306,7 +323,11 @@ class AsyncLLM:
             stream = self._streams.get(request)
             if stream is None:
                 continue
-            output = stream.next_output(self.engine)
+            try:
+                output = stream.next_output(self.engine)
+            except Exception as error:
+                self._fail(stream, error)
+                continue
             if output is not None:
                 news[stream.loop].append((stream, output))
             if request.finished:

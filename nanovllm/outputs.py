@@ -29,7 +29,8 @@ class CompletionOutput:
 
     Attributes:
         index: which of n. text, token_ids: so far, or all if finished.
-        cumulative_logprob: sum over the tokens; None unless logprobs were asked for.
+        cumulative_logprob: sum over the tokens; None unless logprobs were asked for, and in an
+            output of what is new before its end.
         finish_reason: "stop", "length", "abort", "error", or None while it goes on.
         stop_reason: the string or token id that stopped it (None: the model's own end), or the
             message of the error.
@@ -106,13 +107,15 @@ def request_output(
         eos_token_ids: ends that need no stop_reason.
         partial: leave out text that may be the start of a stop string, so that what is shown
             never has to be taken back.
-        since: leave out what was shown before, and samples that have no news or are not in it.
+        since: leave out what was shown before, and samples that have no news or are not in it; the
+            log probabilities of the prompt come until each has begun.
     """
     first, params = request.sequences[0], request.params
     prompt_logprobs: list[Logprobs | None] | None = None
     if params.logprobs is not None or params.prompt_logprobs is not None:
         from nanovllm.logprobs import show_logprobs
-    if params.prompt_logprobs is not None:
+    begins = since is None or (0, 0) in since.values()  # one sample at least
+    if params.prompt_logprobs is not None and begins:
         known = [first.prompt_logprobs[i] for i in sorted(first.prompt_logprobs)]
         prompt_logprobs = [None, *show_logprobs(known, tokenizer)]
     outputs = []
@@ -124,7 +127,8 @@ def request_output(
         logprobs, total = None, None
         if params.logprobs is not None:
             logprobs = show_logprobs(seq.logprobs[num_ids:], tokenizer)
-            total = sum(entry.logprobs[0] for entry in seq.logprobs)
+            if since is None or seq.finish_reason:
+                total = sum(entry.logprobs[0] for entry in seq.logprobs)
         shown = text.safe if partial and not seq.finish_reason else text.text
         own_end = seq.stop_reason in eos_token_ids and not params.ignore_eos
         end, why = seq.finish_reason, None if own_end else seq.stop_reason
@@ -151,4 +155,5 @@ def merged(first: RequestOutput, then: RequestOutput) -> RequestOutput:
             text, token_ids = old.text + new.text, old.token_ids + new.token_ids
             new = replace(new, text=text, token_ids=token_ids, logprobs=logprobs)
         outputs[new.index] = new
-    return replace(then, outputs=list(outputs.values()))
+    prompt_logprobs = then.prompt_logprobs or first.prompt_logprobs
+    return replace(then, outputs=list(outputs.values()), prompt_logprobs=prompt_logprobs)

@@ -33,8 +33,9 @@ class SamplingParams:
         top_p, top_k, min_p: keep the likeliest tokens only: the smallest set with total
             probability top_p, the top_k first (0 or -1: all), those with at least min_p times
             the probability of the likeliest.
-        seed: makes the samples repeatable, whatever they are batched with. Sample i of n uses
-            seed + i. None or -1: derived from the engine's seed and the order of requests.
+        seed: makes the samples repeatable, whatever they are batched with, but for the rounding
+            of the model's logits. Sample i of n uses seed + i. None or -1: derived from the
+            engine's seed and the order of requests.
         presence_penalty, frequency_penalty: taken from the logit of a generated token, once and
             per occurrence. repetition_penalty: divides a positive logit of a token that the
             prompt or the output holds (Keskar et al., CTRL, 2019), multiplies a negative one.

@@ -29,6 +29,7 @@ from nanovllm.server.protocol import (
 from nanovllm.server.replies import error_body, error_reply, error_type
 from nanovllm.server.respond import Job, Json, JsonResponse, respond
 from nanovllm.server.service import Service, UnknownModelError
+from nanovllm.server.tools import check_tools
 
 logger = logging.getLogger("nanovllm.server")
 
@@ -84,7 +85,7 @@ def add_generation(app: FastAPI, service: Service) -> None:
         else:
             _, ids = await engine.render(
                 body.messages or [],
-                tools=body.tools or (),
+                tools=check_tools(body.tools, None).tools,
                 add_generation_prompt=body.add_generation_prompt,
                 add_special_tokens=body.add_special_tokens is True,
                 chat_template_kwargs=body.chat_template_kwargs,
@@ -112,7 +113,9 @@ def add_generation(app: FastAPI, service: Service) -> None:
             line |= {"prompt_tokens": num_tokens, "sampling_params": params}
             logger.info(json.dumps(line, default=str))
         options = body.stream_options.model_dump() if body.stream_options else {}
-        return await respond(job, request.receive, stream=bool(body.stream), options=options)
+        receive, limit_s = request.receive, service.config.write_timeout
+        stream = bool(body.stream)
+        return await respond(job, receive, stream=stream, options=options, write_timeout_s=limit_s)
 
 
 def add_operation(app: FastAPI, service: Service) -> None:
@@ -238,6 +241,8 @@ async def show_invalid_body(_: Request, error: Exception) -> Response:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
         return show(*error_reply(cause))
-    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-    message = f"{where or 'body'}: {first['msg']}"
+    message, where = f"the body is no JSON: {first.get('ctx', {}).get('error')}", ""
+    if first["type"] != "json_invalid":
+        where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        message = f"{where or 'body'}: {first['msg']}"
     return show(400, error_body(message, error_type(400), where or None, 400))

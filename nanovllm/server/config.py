@@ -27,6 +27,7 @@ class ServerConfig:
         max_num_queued_reqs: samples that may wait; requests beyond are answered with 503.
         max_logprobs: log probabilities a request may ask for at each position.
         max_body_bytes: of a request.
+        write_timeout: seconds after which a client that takes nothing of a stream has left.
         shutdown_timeout: seconds that requests get to end in after SIGTERM.
         log_requests: log the sampling parameters of each request; never its text.
         enable_dev_endpoints: serve /reset_prefix_cache.
@@ -47,6 +48,7 @@ class ServerConfig:
     max_num_queued_reqs: int = ranged(2048, 1, 2**24)
     max_logprobs: int = ranged(20, 0, 2**24)
     max_body_bytes: int = ranged(8 * 2**20, 1, 2**40)
+    write_timeout: float = ranged(60.0, 0.001, 86_400.0)
     shutdown_timeout: float = ranged(30.0, 0.0, 86_400.0)
     log_requests: bool = False
     enable_dev_endpoints: bool = False

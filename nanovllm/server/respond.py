@@ -2,6 +2,7 @@
 takes its requests with it."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from collections.abc import Sequence as Items
@@ -23,7 +24,6 @@ from nanovllm.text_engine import Request
 Json = dict[str, Any]
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-WRITE_TIMEOUT_S = 60.0  # a client that takes nothing for so long has left
 
 
 class Form(Protocol):
@@ -131,10 +131,18 @@ class Job:
 
 
 async def respond(
-    job: Job, receive: Receive, *, stream: bool, options: Mapping[str, Any]
+    job: Job,
+    receive: Receive,
+    *,
+    stream: bool,
+    options: Mapping[str, Any],
+    write_timeout_s: float,
 ) -> Response:
     """Run a job. A stream begins when there is something to show, so that what fails before has
     a status of its own.
+
+    Args:
+        options: stream_options. write_timeout_s: a client that takes nothing for so long has left.
 
     Raises:
         NanoVLLMError: it failed before anything was shown.
@@ -143,7 +151,7 @@ async def respond(
         if not stream:
             return JsonResponse(await job.whole())
         events = job.events(options)
-        return EventStream(await anext(events), events)
+        return EventStream(await anext(events), events, write_timeout_s)
     assert gone.done()
     return Response(status_code=499)  # nobody reads it
 
@@ -152,7 +160,10 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
+        try:
+            return msgspec.json.encode(content)
+        except UnicodeEncodeError:  # an error names half a surrogate pair, which json escapes
+            return json.dumps(content).encode()
 
 
 class EventStream(Response):
@@ -160,15 +171,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes], write_timeout_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.first, self.events = first, events
+        self.first, self.events, self.write_timeout_s = first, events, write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: bytes, *, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
+            async with asyncio.timeout(self.write_timeout_s):
                 await send(message)
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

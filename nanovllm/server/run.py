@@ -59,7 +59,7 @@ async def serve(config: ServerConfig, settings: Mapping[str, Any], listener: soc
 
     Args:
         settings: of the engine; see EngineConfig.
-        listener: bound, and not yet listening.
+        listener: see `listen`.
 
     Raises:
         NanoVLLMError: the model cannot be loaded, or the engine died.
@@ -78,11 +78,13 @@ async def serve(config: ServerConfig, settings: Mapping[str, Any], listener: soc
             server_header=False,
             backlog=BACKLOG,
             limit_concurrency=raise_file_limit() - SPARE_FILES,
+            timeout_keep_alive=60,
             timeout_graceful_shutdown=1,
         )
     )
     serving = asyncio.create_task(server.serve([listener]))
     stopped = asyncio.create_task(server.stopping.wait())
+    await asyncio.sleep(0)  # it handles signals from here on
     host, port = listener.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port} loads {model}")
     try:
@@ -165,7 +167,8 @@ def read_template(given: str | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port that is taken is found before a model is loaded.
+    """A listening socket, so that a port that is taken is found before a model is loaded. Bound
+    only, two could have one.
 
     Raises:
         ConfigError: the address cannot be had.
@@ -176,6 +179,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         name, value = ("host", host) if isinstance(error, socket.gaierror) else ("port", port)

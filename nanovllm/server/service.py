@@ -170,7 +170,7 @@ def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         InvalidRequestError: it has an unknown role, or holds what is no text.
     """
     at, role, content = f"messages[{index}]", message.get("role"), message.get("content")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequestError(f"{at}.role", role, f"can be {', '.join(sorted(ROLES))}")
     if isinstance(content, list):
         content = "\n".join(plain_part(p, f"{at}.content[{i}]") for i, p in enumerate(content))

@@ -187,7 +187,8 @@ def test_each_kind_comes_to_what_generate_gives(
     [expected] = llm.generate([PROMPT], params, use_tqdm=False)
     outputs = asyncio.run(reading(engine, PROMPT, params))
     assert told(outputs, kind) == told([expected], FINAL_ONLY)
-    assert outputs[-1].prompt_logprobs == expected.prompt_logprobs
+    shown = [out.prompt_logprobs for out in outputs if out.prompt_logprobs is not None]
+    assert shown[-1:] == ([] if expected.prompt_logprobs is None else [expected.prompt_logprobs])
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     if reading is read_late:
         assert len(outputs) == 2
@@ -200,13 +201,13 @@ def test_nothing_is_shown_that_a_stop_string_takes_back(llm: LLM, engine: AsyncL
     text = whole["text"]
     never, stop = text[8:18] + "\0", text[40:60]
     params = greedy(24, stop=[never, stop], output_kind=DELTA)
-    shown, held = "", 0
+    shown = ""
     for output in asyncio.run(read(engine, PROMPT, params)):
         shown += output["text"]
         assert text[:40].startswith(shown)
-        held += output["text"] == ""
     assert (shown, output.outputs[0].stop_reason) == (text[:40], stop)
-    assert held > 0
+    first, _ = asyncio.run(read_late(engine, PROMPT, params))
+    assert (first["text"], len(first["token_ids"])) == ("", 1)
     params = greedy(24, stop=[never], output_kind=DELTA)
     assert "".join(o["text"] for o in asyncio.run(read(engine, PROMPT, params))) == text
 
@@ -398,6 +399,7 @@ def test_a_name_is_free_again_once_its_request_is_closed(engine: AsyncLLM) -> No
         assert refused.value.field == "request_id"
         await anext(stream)  # unharmed
         await stream.aclose()
+        assert not engine._ids  # at once, not when the collector comes
         for _ in range(2):
             [*_, last] = await read(engine, PROMPT, greedy(2), "a")
             assert len(last["token_ids"]) == 2

@@ -29,13 +29,16 @@ BODY: dict[str, Any] = {
 class Canary:
     """One server, known when all is well.
 
+    Args:
+        slack_bytes: by which its memory may have grown.
+
     Attributes:
         alone: the tokens that the canary gets when nothing else runs.
         num_files, num_bytes: descriptors and resident memory of the idle server.
     """
 
-    def __init__(self, server: Served) -> None:
-        self.server, self.http = server, server.http
+    def __init__(self, server: Served, slack_bytes: int = SLACK_BYTES) -> None:
+        self.server, self.http, self.slack_bytes = server, server.http, slack_bytes
         large = [7] * 2 * 10**6  # so that a large body, or a form, is nothing new to the allocator
         assert server.post("/v1/completions", prompt=large).status_code == 400
         form = {"structured_outputs": {"choice": ["yes"]}, "max_tokens": 1}
@@ -51,9 +54,7 @@ class Canary:
         began, over = threading.Event(), threading.Event()
 
         def sing_on() -> None:
-            with httpx.Client(
-                base_url=self.server.url, headers=self.http.headers, timeout=LIMIT_S
-            ) as client:
+            with self.server.new_client() as client:
                 ending = False
                 while not ending:
                     ending = over.is_set()
@@ -77,7 +78,7 @@ class Canary:
         until(self.is_idle, "the canary and its blocks are gone")
         until(lambda: self.count_files() <= self.num_files, "descriptors are closed")
         more = self.resident_bytes() - self.num_bytes
-        assert more < SLACK_BYTES
+        assert more < self.slack_bytes
 
     def sing(self, client: httpx.Client, began: threading.Event | None = None) -> list[int]:
         """The tokens of the canary's request; `began` is set with the first."""

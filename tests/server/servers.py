@@ -18,14 +18,21 @@ class Served:
     """A server on loopback, on a port that the system picks, up when the block is entered.
 
     Args:
-        flags: of `nanovllm serve`. log: where its stderr goes.
+        flags: of `nanovllm serve`. log: where its stderr goes. program: a module that serves in
+            its place.
 
     Attributes:
         http: a client of it.
     """
 
-    def __init__(self, *flags: str, log: Path, environment: dict[str, str] | None = None) -> None:
-        self.command = [sys.executable, "-m", "nanovllm", "serve", "--port", "0", *flags]
+    def __init__(
+        self,
+        *flags: str,
+        log: Path,
+        environment: dict[str, str] | None = None,
+        program: str = "nanovllm",
+    ) -> None:
+        self.command = [sys.executable, "-m", program, "serve", "--port", "0", *flags]
         self.log, self.environment = log, os.environ | (environment or {})
         self.lines: list[str] = []
 
@@ -63,6 +70,10 @@ class Served:
                 self.process.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+    def new_client(self) -> httpx.Client:
+        """Another client, for requests beside those of `http`."""
+        return httpx.Client(base_url=self.url, headers=self.http.headers, timeout=LIMIT_S)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)

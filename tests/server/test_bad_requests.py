@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from nanovllm.structured_outputs import fault
 from tests.llm.helpers import EOS, VOCAB_SIZE, make_ids
 from tests.server.canary import Canary
 from tests.server.servers import Served
@@ -60,6 +61,8 @@ def narrow(tiny, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def narrowly_well(narrow) -> Canary:
+    good = narrow.post(CHAT, messages=HI, chat_template="{{ messages }}", max_tokens=1)
+    assert good.status_code == 200  # its templates have a process now
     return Canary(narrow)
 
 
@@ -251,12 +254,13 @@ def test_09_a_prompt_that_needs_more_blocks_than_there_are_is_400(narrow, narrow
 def test_10_requests_that_fill_the_cache_end_by_length(narrow, narrowly_well):
     """Each can fill all blocks alone; four at once, and the canary, take them from each other."""
 
-    def fill(seed: int) -> dict[str, Any]:
+    def fill(seed: int) -> list[int]:
         body = {"prompt": make_ids(seed, 100), "max_tokens": None, "temperature": 0}
-        response = narrow.post(COMPLETE, **body, ignore_eos=True, return_token_ids=True)
-        [choice] = response.json()["choices"]
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        with narrow.new_client() as client:
+            [choice] = client.post(COMPLETE, json=body).json()["choices"]
         assert (choice["finish_reason"], len(choice["token_ids"])) == ("length", 28)
-        return choice["token_ids"]
+        return list(choice["token_ids"])
 
     alone = [fill(seed) for seed in range(2, 6)]
     with narrowly_well.singing(), ThreadPoolExecutor(4) as pool:
@@ -365,6 +369,7 @@ def test_19_a_schema_that_holds_itself_and_many_different_ones_pass(server, well
             form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
             response = server.post(CHAT, messages=HI, max_tokens=1, response_format=form)
             assert response.status_code == 200, response.text
+    assert fault.cache_parameters()["maxsize"] == 64
 
 
 def test_20_a_clients_own_template_is_400(server, well):
@@ -406,14 +411,15 @@ def test_22_half_a_surrogate_pair_is_400(server, well):
             (COMPLETE, {"prompt": "x", "structured_outputs": {"regex": HALF}}),
             (COMPLETE, {"prompt": "x", "structured_outputs": {HALF: "x"}}),
             (COMPLETE, {"prompt": "x", "stream_options": {"include_usage": HALF}}),
+            (COMPLETE, {"prompt": "x", "stream_options": {HALF: 1}}),
+            (COMPLETE, {"prompt": "x", "logit_bias": {HALF: "x"}}),
             ("/tokenize", {"prompt": HALF}),
         ]:
             refuse_text(server, path, json.dumps({"max_tokens": 1, **body}).encode())
-        data = json.dumps({"prompt": "x", "model": HALF}).encode()
-        response = server.http.post(
-            COMPLETE, content=data, headers={"Content-Type": "application/json"}
-        )
-        assert response.status_code in (400, 404)
+        data, kind = json.dumps({"prompt": "x", "model": HALF}), "application/json"
+        for path in (COMPLETE, "/tokenize"):
+            response = server.http.post(path, content=data, headers={"Content-Type": kind})
+            check_error(response, 404)
 
 
 def test_22_other_strange_text_is_text(server, well):
@@ -488,7 +494,8 @@ def test_23_salts_never_share_blocks(server, well):
 def test_24_equal_request_ids_do_not_meet(server, well):
     def ask(_: int) -> tuple[str, str]:
         body = {"prompt": make_ids(3, 20), "max_tokens": 20, "ignore_eos": True}
-        response = server.http.post(COMPLETE, json=body, headers={"X-Request-Id": "same"})
+        with server.new_client() as client:
+            response = client.post(COMPLETE, json=body, headers={"X-Request-Id": "same"})
         assert response.json()["usage"]["completion_tokens"] == 20
         return response.json()["id"], response.headers["X-Request-Id"]
 
@@ -499,10 +506,13 @@ def test_24_equal_request_ids_do_not_meet(server, well):
 
 def test_24_one_that_leaves_takes_no_other_of_its_name_along(server, well):
     name = {"X-Request-Id": "same"}
-    body = {"prompt": make_ids(3, 20), "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": make_ids(3, 20), "max_tokens": 150, "ignore_eos": True, "stream": True}
 
-    def follow(http: httpx.Client, num_lines: int) -> int:
-        with http.stream("POST", COMPLETE, json=body, headers=name) as response:
+    def follow(num_lines: int) -> int:
+        with (
+            server.new_client() as client,
+            client.stream("POST", COMPLETE, json=body, headers=name) as response,
+        ):
             found = 0
             for line in response.iter_lines():
                 found += line.startswith("data: {") and '"finish_reason":"length"' in line
@@ -512,7 +522,7 @@ def test_24_one_that_leaves_takes_no_other_of_its_name_along(server, well):
         return found
 
     with well.singing(), ThreadPoolExecutor(6) as pool:
-        follows = [pool.submit(follow, server.http, 10 if i % 2 else 10**6) for i in range(6)]
+        follows = [pool.submit(follow, 10 if i % 2 else 10**6) for i in range(6)]
         assert [one.result() for one in follows] == [1, 0, 1, 0, 1, 0]
 
 

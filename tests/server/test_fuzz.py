@@ -1,6 +1,6 @@
 """Random requests over real HTTP, in a tiny KV pool: each gets the answer that it gets alone.
 
-`make test` plays a few rounds, `make fuzz` for FUZZ_MINUTES.
+A few rounds, always the same; with FUZZ_MINUTES, others for so long.
 """
 
 import asyncio
@@ -16,25 +16,16 @@ import pytest
 
 from tests.server.process import num_files
 from tests.server.servers import LIMIT_S, Served
-from tests.server.traffic import ALONE, Answer, ask, deliveries, problem, questions
+from tests.server.traffic import ALONE, CROWDED, Answer, ask, deliveries, problem, questions
 
 NUM_ROUNDS = 4
 NUM_QUESTIONS = 30  # in a round; each is asked twice at random times, and once alone
-FLAGS = (
-    "--dtype=float32",  # in which tokens do not depend on the batch
-    "--scheduling-policy=priority",
-    "--block-size=8",
-    "--num-kv-blocks=32",
-    "--max-model-len=256",
-    "--max-num-batched-tokens=24",  # prompts come in chunks
-    "--max-num-seqs=12",  # more than there are blocks for
-)
 
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("fuzz") / "log"
-    with Served(str(tiny), *FLAGS, log=log) as server:
+    with Served(str(tiny), *CROWDED, log=log) as server:
         yield server
 
 

@@ -7,7 +7,7 @@ question ─▶ ask it alone ─▶ answer ────────────�
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -21,13 +21,25 @@ PREFIXES = [
     "The museum opens at nine. Visitors come from everywhere, and most are curious children. ",
     "1, 2, 3, 5, 8, 13, 21, 34, ",
 ]
-WORDS = "why river seven Anna mirror 1892 blue? stone, tea; dome café né 日本 🎉 \n\t {} <b>".split(" ")
+WORDS = [
+    *("why", "river", "seven", "Anna", "mirror", "1892", "blue?", "stone,", "tea;", "dome"),
+    *("café", "né", "日本", "🎉", "\n\t", "{}", "<b>"),
+]
 STOPS = ["e", "a", "th", " the", "s ", "\n", "ing", "tion"]
-FORMS = [
+FORMS: list[dict[str, Any]] = [
     {"structured_outputs": {"choice": ["yes", "no", "perhaps"]}},
     {"structured_outputs": {"regex": "[a-c]{3,6}[0-9]"}},
     {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1, "x"]}}}},
 ]
+CROWDED = (  # flags of a server in which requests chunk, wait, evict and preempt
+    "--dtype=float32",  # tokens do not depend on the batch
+    "--scheduling-policy=priority",
+    "--block-size=8",
+    "--num-kv-blocks=32",
+    "--max-model-len=256",
+    "--max-num-batched-tokens=24",
+    "--max-num-seqs=12",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,8 @@ def questions(seed: int, longest: int = 24) -> Iterator[Question]:
         body: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 3, 5, 8, longest // 2, longest])}
         body |= {"temperature": 0, "return_token_ids": True}
         if rng.random() < 0.25:
-            body |= {"temperature": rng.choice([0.7, 1.3]), "seed": rng.randrange(2**31)}
+            # among few tokens, so that no rounding moves the draw to a neighbour
+            body |= {"temperature": 0.8, "top_k": 8, "seed": rng.randrange(2**31)}
         if rng.random() < 0.3:
             body["n"] = rng.randint(2, 3)
         if rng.random() < 0.3:
@@ -224,7 +237,15 @@ def problem(answer: Answer, delivery: Delivery, alone: Answer) -> str | None:
 
 
 ALONE = Delivery({})
-
-
-def respelled(question: Question, **fields: Any) -> Question:
-    return replace(question, body=question.body | fields)
+INVALID = [
+    Question(COMPLETIONS, {"prompt": []}),
+    Question(COMPLETIONS, {"prompt": "a", "max_tokens": -1}),
+    Question(COMPLETIONS, {"prompt": "a", "temperature": "hot"}),
+    Question(COMPLETIONS, {"prompt": [10**9]}),
+    Question(COMPLETIONS, {"prompt": "a " * 5000}),
+    Question(COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}),
+    Question(COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "("}}),
+    Question(CHAT, {"messages": []}),
+    Question(CHAT, {"messages": [{"role": "nobody", "content": "a"}]}),
+    Question(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+]

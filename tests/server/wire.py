@@ -25,9 +25,9 @@ class Response:
 class Connection:
     """One connection for one request.
 
-        connection = await Connection.open(url)
-        response = await connection.ask("/v1/completions", {...})
-        async for event in connection.events(): ...
+    connection = await Connection.open(url)
+    response = await connection.ask("/v1/completions", {...})
+    async for event in connection.events(): ...
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
