@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from nanovllm.checks import HUGE, check_fields, ranged
 from nanovllm.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from nanovllm.structured_outputs import StructuredOutputsParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 TINY = 1e-30
 
@@ -80,7 +77,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    structured_outputs: "StructuredOutputsParams | None" = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ class TextEngine:
             bad = [ids for word in params.bad_words or () for ids in self.tokenizer.variants(word)]
             params = replace(params, bad_words_token_ids=bad) if bad else params
         if params.structured_outputs is not None:
-            from nanovllm.structured_outputs import check_grammar
+            from nanovllm.grammar import check_grammar
 
             check_grammar(params.structured_outputs, self.tokenizer, self.vocab_size)
         self.core.check_length(len(token_ids))

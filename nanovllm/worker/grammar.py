@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.core.plan import NewSequence
 from nanovllm.errors import RequestFailedError
-from nanovllm.structured_outputs import compiled, one_line, start, vocabulary
+from nanovllm.grammar import compiled, one_line, start, vocabulary
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.worker.inputs import Array
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nanovllm.structured_outputs import fault
+from nanovllm.grammar import fault
 from tests.llm.helpers import EOS, VOCAB_SIZE, make_ids
 from tests.server.canary import Canary
 from tests.server.servers import Served

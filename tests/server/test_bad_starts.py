@@ -51,17 +51,22 @@ def tensor(begin: int, end: int, shape: list[int] | None = None) -> dict[str, An
     return {"dtype": "F32", "shape": shape or [64], "data_offsets": [begin, end]}
 
 
+# A process begins its life with the most memory that its parent had, so a small one starts it.
+START = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
 def refuse(*words: str, status: int = 1) -> str:
     """What a start says on stderr that fails before it has taken memory for a model."""
-    command = [sys.executable, "-m", "nanovllm", "serve", "--port", "0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None and process.stdout is not None
-        said = process.stderr.read().decode()
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(code)
-        assert (process.returncode, usage.ru_maxrss * 1024 < MEMORY_BYTES) == (status, True), said
-    line = said.splitlines()[-1]
-    assert line.startswith("nanovllm: error: ") and "Traceback" not in said
+    command = [sys.executable, "-c", START, sys.executable, "-m", "nanovllm", "serve"]
+    done = subprocess.run([*command, "--port", "0", *words], capture_output=True, text=True)
+    code, num_bytes = map(int, done.stdout.split())
+    assert (code, num_bytes < MEMORY_BYTES) == (status, True), done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("nanovllm: error: ") and "Traceback" not in done.stderr
     return line
 
 
