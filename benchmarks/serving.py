@@ -67,8 +67,8 @@ def served(name: str, peers: Path, work: Work) -> dict[str, float]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     if name == "vllm":
-        command = [str(peers / "bin/vllm"), "serve", str(peers / "model")]
-        command += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+        command = [str(peers / "bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(peers / "model"), "--disable-uvicorn-access-log"]
     else:
         command = [sys.executable, "-m", "nanovllm", "serve", "smollm2-135m"]
     command += ["--port", port, "--dtype", "bfloat16", "--max-model-len", str(CONTEXT)]
