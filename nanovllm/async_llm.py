@@ -249,7 +249,7 @@ class AsyncLLM:
         observe: Callable[[TextEngine], Observer] | None,
     ) -> None:
         try:
-            self.engine = build(self.config)
+            self.engine = build(self.config, self._hear_of_death)
             self.observer = observe(self.engine) if observe else None
         except BaseException as error:
             started.set_exception(error)
@@ -269,6 +269,14 @@ class AsyncLLM:
         self._tell_all(self.dead)
         self.engine.core.executor.close()
         self.ended.set_result(self.dead)
+
+    def _hear_of_death(self, error: EngineDeadError) -> None:
+        """Let the engine's thread learn of it even if it has nothing to do."""
+
+        def die() -> None:
+            raise error
+
+        self._commands.put(die)
 
     def _obey(self) -> bool:
         """Carry out what the event loop asks for; wait for it if there is nothing else to do.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
 from nanovllm.checks import check_fields, one_of, ranged
-from nanovllm.core.policy import POLICIES
+from nanovllm.core.policy import make_policy
 from nanovllm.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -29,18 +29,26 @@ class EngineConfig:
             weights; elsewhere at most 4 GiB).
         enable_prefix_caching: share the blocks of equal prefixes.
         enable_chunked_prefill: let a long prompt take several steps.
-        scheduling_policy: "fcfs" or "priority".
+        scheduling_policy: "fcfs", "priority", "sjf", "lpm", "edf", "fair", "prefill-first",
+            "sarathi" (core/policies/ says what they do), or "module:Class", one of your own.
         seed: of requests that bring none.
         skip_tokenizer_init: prompts are token ids and no text is made.
         load_format: "auto" sees what is there; "dummy" needs a config.json only and makes small
             random weights.
-        attention_backend: "auto", "native" (C++, bfloat16 on CPUs with AVX-512), "cpu" (oneDNN and
-            Numba) or "reference" (plain torch, any device); the other operations come with it.
+        attention_backend: "auto", "triton" (GPUs), "native" (C++, bfloat16 on CPUs with AVX-512),
+            "cpu" (oneDNN and Numba) or "reference" (plain torch, any device); the other operations
+            come with it.
         enforce_eager: no CUDA graphs.
-        tensor_parallel_size: devices that share the model; more than 1 is yet to come.
+        tensor_parallel_size: devices that share the model; on a CPU, processes.
+        distributed_executor_backend: how these are reached: "mp", processes of this machine, or
+            "ray", actors of a Ray cluster.
+        distributed_timeout_seconds: after which a step that several ranks share counts as hung.
         quantization: of the weights at load: "int8" (a scale for each row, activations too), "int4"
             (groups of 32; the head in 8 bits) or "gguf" (a GGUF's own blocks, as they are).
         num_threads: CPU threads; None is as many as there are cores for this process.
+        record: a file to write what the engine is asked, decides and takes to, as JSON lines, for
+            `nanovllm explain` and replays.
+        record_max_bytes: the size at which a recording ends.
 
     Raises:
         ConfigError: a value is impossible; see `make` for unknown names.
@@ -60,14 +68,18 @@ class EngineConfig:
     gpu_memory_utilization: float = ranged(0.9, 0.01, 1.0)
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    scheduling_policy: str = one_of(*POLICIES)
+    scheduling_policy: str = "fcfs"
     seed: int = ranged(0, 0, 2**62)
     load_format: str = one_of("auto", "safetensors", "gguf", "dummy")
-    attention_backend: str = one_of("auto", "native", "cpu", "reference")
+    attention_backend: str = one_of("auto", "triton", "native", "cpu", "reference")
     enforce_eager: bool = False
-    tensor_parallel_size: int = one_of(1)
+    tensor_parallel_size: int = ranged(1, 1, 1024)
+    distributed_executor_backend: str = one_of("mp", "ray")
+    distributed_timeout_seconds: int = ranged(120, 1, 86_400)
     quantization: str | None = one_of(None, "int8", "int4", "gguf")
     num_threads: int | None = ranged(None, 1, 1024)
+    record: str | None = None
+    record_max_bytes: int = ranged(2**30, 2**16, 2**62)
 
     @classmethod
     def make(cls, **settings: object) -> "EngineConfig":
@@ -85,6 +97,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
+        make_policy(self.scheduling_policy)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if seqs and tokens and tokens < seqs:
             why = f"each of max_num_seqs={seqs} needs a token; the nearest is {seqs}"

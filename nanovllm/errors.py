@@ -8,9 +8,12 @@ value found there, and what to do about it.
     ├── MissingDependencyError  an optional package is needed; names the extra  (an ImportError)
     ├── QueueFullError          so many requests wait already that no more are taken in
     ├── RequestFailedError      one request ended with an error; the others went on
+    ├── PolicyError             a scheduling policy breaks a rule (nanovllm.testing.check_policy)
     ├── TemplateError           a chat template takes too long or too much memory
     └── EngineDeadError         the engine was closed or its workers are gone
 """
+
+from collections.abc import Sequence
 
 
 class NanoVLLMError(Exception):
@@ -60,6 +63,21 @@ class QueueFullError(NanoVLLMError):
 
 class RequestFailedError(NanoVLLMError):
     """One request ended with an error; the others went on."""
+
+
+class PolicyError(NanoVLLMError):
+    """A scheduling policy breaks a rule that holds for all.
+
+    Attributes:
+        rule: "progress", "starvation", "preemptions", "conservation", "determinism", "purity" or
+            "contract".
+        why: how, in words.
+        trace: the shortest story found that shows it, a line each.
+    """
+
+    def __init__(self, policy: str, rule: str, why: str, trace: Sequence[str] = ()) -> None:
+        super().__init__("\n    ".join((f"{policy} breaks {rule}: {why}", *trace)))
+        self.rule, self.why, self.trace = rule, why, tuple(trace)
 
 
 class TemplateError(NanoVLLMError):

@@ -1,6 +1,6 @@
 """LLM: the parts put together, for use from Python."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any, Self, cast
@@ -24,12 +24,18 @@ from nanovllm.tokenizer import Tokenizer
 Params = SamplingParams | Items[SamplingParams] | None
 
 
-def build(config: EngineConfig) -> TextEngine:
+def build(
+    config: EngineConfig, died: Callable[[EngineDeadError], None] = lambda error: None
+) -> TextEngine:
     """Load the model and put an engine together around it.
+
+    Args:
+        died: called, in any thread, if processes that the engine needs are lost.
 
     Raises:
         ModelLoadError: the checkpoint cannot be had or is damaged.
-        ConfigError: a setting does not go with this model or machine.
+        ConfigError: a setting does not go with this model or machine, or config.record cannot be
+            written.
     """
     path = locate(config.model)
     model = read_config(path)
@@ -38,13 +44,23 @@ def build(config: EngineConfig) -> TextEngine:
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(locate(config.tokenizer) if config.tokenizer else path)
-    executor, policy = InlineExecutor(config, model, path), make_policy(config.scheduling_policy)
+    policy = make_policy(config.scheduling_policy)
+    if config.tensor_parallel_size == 1 and config.distributed_executor_backend == "mp":
+        executor: Any = InlineExecutor(config, model, path)
+    else:
+        from nanovllm.executor.several import make_executor
+
+        executor = make_executor(config, model, path, died)
     caching, evict = config.enable_prefix_caching, policy.evict
     blocks = BlockManager(executor.num_blocks, config.block_size, caching, evict)
     limits = config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
     scheduler = Scheduler(blocks, policy, *limits)
     length, ends = config.max_model_len, model.eos_token_ids
     core = EngineCore(scheduler, executor, length, ends, config.seed)
+    if config.record is not None:
+        from nanovllm.recording import Recorder
+
+        Recorder(core, config.record, config, config.record_max_bytes)
     return TextEngine(core, tokenizer, model.vocab_size)
 
 

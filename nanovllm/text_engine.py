@@ -10,12 +10,13 @@ from typing import Any
 
 from nanovllm.checks import check_ids, check_kinds
 from nanovllm.core.engine import EngineCore
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.sequence import Sequence, Terms
 from nanovllm.outputs import RequestOutput, Since, request_output
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Text, Tokenizer
 
-# text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, each with "cache_salt" if wanted
+# text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; the last two with "cache_salt",
+# "tenant", "ttft_target_ms" and "tpot_target_ms" (core.sequence.Terms) if wanted
 Prompt = str | Items[int] | Mapping[str, Any]
 
 
@@ -32,6 +33,7 @@ class Request:
     params: SamplingParams
     cache_salt: str
     priority: int
+    terms: Terms | None = None
     sequences: list[Sequence] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
 
@@ -78,13 +80,18 @@ class TextEngine:
             check_grammar(params.structured_outputs, self.tokenizer, self.vocab_size)
         self.core.check_length(len(token_ids))
         check_ids(token_ids, params, self.vocab_size)
-        text = text if isinstance(text, str) else None
-        return Request(text, list(token_ids), params, salt or "", priority)
+        text, terms = text if isinstance(text, str) else None, None
+        if isinstance(prompt, Mapping):
+            from nanovllm.terms import terms_of
+
+            terms = terms_of(prompt)
+        return Request(text, list(token_ids), params, salt or "", priority, terms)
 
     def submit(self, request: Request, request_id: str = "") -> Request:
         """Queue a request in the engine."""
-        prompt, params, priority = request.prompt_token_ids, request.params, request.priority
-        request.sequences = self.core.add(prompt, params, request_id, priority, request.cache_salt)
+        params, more = request.params, (request.cache_salt, None, request.terms)
+        what = request.prompt_token_ids, params, request_id, request.priority
+        request.sequences = self.core.add(*what, *more)
         tokenizer = self.tokenizer if params.detokenize else None
         request.texts = [Text(seq, tokenizer) for seq in request.sequences]
         self.requests |= dict.fromkeys((seq.seq_id for seq in request.sequences), request)

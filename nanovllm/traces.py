@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
+from types import NoneType
 from typing import Any, TextIO
 
 from nanovllm.errors import ConfigError
@@ -25,6 +26,8 @@ class TraceRequest:
             name hold the same tokens, a shorter one the first of them. The rest of the prompt
             is shared with nobody.
         priority: lower goes first; None is the server's default.
+        tenant: whose it is.
+        ttft_target_s, tpot_target_s: wanted time to the first token, and for each one after it.
     """
 
     arrival_s: float
@@ -32,6 +35,9 @@ class TraceRequest:
     num_output_tokens: int
     pieces: tuple[tuple[str, int], ...] = ()
     priority: int | None = None
+    tenant: str = ""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
 
     def __post_init__(self) -> None:
         if not isfinite(self.arrival_s):
@@ -40,6 +46,11 @@ class TraceRequest:
             raise ValueError("prompt and output need at least 1 token")
         if sum(size for _, size in self.pieces) > self.num_prompt_tokens:
             raise ValueError("its prefix is longer than its prompt")
+        if type(self.priority) not in (int, NoneType):
+            raise ValueError("its priority is no integer")
+        for target_s in (self.ttft_target_s, self.tpot_target_s):
+            if target_s is not None and not 0 < target_s < inf:
+                raise ValueError("its targets must be positive numbers")
 
 
 def read_trace(path: str, most: int) -> list[TraceRequest]:
@@ -47,9 +58,10 @@ def read_trace(path: str, most: int) -> list[TraceRequest]:
 
     Args:
         path: JSON lines of `arrival_s, prompt_tokens, output_tokens` and maybe `prefix_id,
-            prefix_tokens, priority`; JSON lines as Mooncake publishes them (`timestamp` in ms,
-            `input_length, output_length, hash_ids`: Qin et al., 2024); or the CSV of Azure's
-            LLM inference traces (`TIMESTAMP, ContextTokens, GeneratedTokens`: Patel et al., 2024).
+            prefix_tokens, priority, tenant, ttft_target_ms, tpot_target_ms`; JSON lines as
+            Mooncake publishes them (`timestamp` in ms, `input_length, output_length, hash_ids`: Qin
+            et al., 2024); or the CSV of Azure's LLM inference traces (`TIMESTAMP, ContextTokens,
+            GeneratedTokens`: Patel et al., 2024).
         most: requests to read.
 
     Raises:
@@ -93,7 +105,16 @@ def read_own(row: Mapping[str, Any]) -> TraceRequest:
         num_output_tokens=int(row["output_tokens"]),
         pieces=((str(row["prefix_id"]), size),) if size else (),
         priority=row.get("priority"),
+        tenant=str(row.get("tenant") or ""),
+        ttft_target_s=target(row, "ttft_target_ms"),
+        tpot_target_s=target(row, "tpot_target_ms"),
     )
+
+
+def target(row: Mapping[str, Any], name: str) -> float | None:
+    """A target in seconds, if the row has it."""
+    value = row.get(name)
+    return None if value is None else float(value) / 1000
 
 
 def read_azure(row: Mapping[str, Any]) -> TraceRequest:

@@ -15,6 +15,7 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 MOONCAKE = """{"timestamp": 27482, "input_length": 1100, "output_length": 52, "hash_ids": [4, 7, 9]}
 {"timestamp": 30535, "input_length": 512, "output_length": 26, "hash_ids": [4]}
 """
+TARGETS = "its targets must be positive numbers"
 SHARED = '{"arrival_s": 7.5, "prompt_tokens": 30, "output_tokens": 4, "prefix_id": 1, '
 OWN = f"""{SHARED} "prefix_tokens": 20}}
 
@@ -50,6 +51,12 @@ def test_own_format_is_sorted_and_starts_with_the_first_arrival(tmp_path):
     ]
 
 
+def test_tenants_and_targets(tmp_path):
+    terms = '"priority": 2, "tenant": "a", "ttft_target_ms": 250, "tpot_target_ms": 50'
+    first = trace(OWN.replace('"priority": 2', terms), tmp_path)[0]
+    assert (first.tenant, first.ttft_target_s, first.tpot_target_s) == ("a", 0.25, 0.05)
+
+
 def test_no_more_is_read_than_asked_for(tmp_path):
     assert trace(AZURE + "nonsense\n", tmp_path, most=1) == [TraceRequest(0.0, 4808, 10)]
 
@@ -65,6 +72,8 @@ def test_no_more_is_read_than_asked_for(tmp_path):
         ('{"arrival_s": 1', "request 1: Expecting ',' delimiter: line 1 column 16 (char 15)"),
         (OWN.replace("30", "19"), "request 1: its prefix is longer than its prompt"),
         (OWN.replace("7.5", "NaN"), "request 1: its time of arrival is no number of seconds"),
+        (OWN.replace('"priority": 2', '"priority": "x"'), "request 2: its priority is no integer"),
+        (OWN.replace('"priority"', '"tpot_target_ms": -1, "x"'), f"request 2: {TARGETS}"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text, why, tmp_path):

@@ -17,6 +17,9 @@ COMMANDS = {
     "pull": "fetch a model, or see that it is there and can be read",
     "bench": "measure throughput, latency, the time to start, or a server",
     "eval-ppl": "measure how well a model knows a text: its perplexity",
+    "simulate": "serve a workload in virtual time, on hardware that need not be here",
+    "calibrate": "fit the simulator to measured requests",
+    "explain": "say in words what an engine did, from a recording of it",
 }
 
 

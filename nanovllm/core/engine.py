@@ -7,8 +7,8 @@ from typing import Protocol
 from nanovllm.core.events import Kind
 from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence
-from nanovllm.errors import InvalidRequestError
+from nanovllm.core.sequence import Sequence, Terms
+from nanovllm.errors import EngineDeadError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class EngineCore:
         priority: int = 0,
         cache_salt: str = "",
         arrival_s: float | None = None,
+        terms: Terms | None = None,
     ) -> list[Sequence]:
         """Queue a request: one sequence per sample.
 
@@ -66,6 +67,7 @@ class EngineCore:
             priority: lower goes first under the priority policy.
             cache_salt: shares cached blocks only with requests of the same salt.
             arrival_s: on the engine's clock; None is now.
+            terms: whose it is and how fast it wants to be served, for policies.
 
         Raises:
             InvalidRequestError: the prompt is empty or can never fit; nothing was queued.
@@ -76,11 +78,11 @@ class EngineCore:
         ends = frozenset(params.stop_token_ids or ())
         ends = ends if params.ignore_eos else ends | self.eos_token_ids
         longest = len(prompt_token_ids) + (params.max_tokens or self.max_num_tokens)
+        longest, terms = min(longest, self.max_num_tokens), terms or Terms()
         for index in range(params.n):
             sample = params.for_sample(index, self.seed + self.num_added)
             who = self.num_added, prompt_token_ids, sample, request_id or str(first), index
-            longest = min(longest, self.max_num_tokens)
-            sequences.append(Sequence(*who, priority, cache_salt, now_s, ends, longest))
+            sequences.append(Sequence(*who, priority, cache_salt, now_s, ends, longest, terms))
             self.scheduler.add(sequences[-1])
             self.num_added += 1
         return sequences
@@ -121,6 +123,9 @@ class EngineCore:
             return []
         try:
             result = self.executor.execute(plan)
+        except EngineDeadError:  # no step can follow
+            self.scheduler.fail(plan, "the engine died")
+            raise
         except Exception as error:  # this step's sequences end; the engine goes on
             logger.exception("step %d failed; its %d sequences end", plan.step, len(plan.seq_ids))
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")

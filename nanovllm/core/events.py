@@ -10,10 +10,11 @@ Clock = Callable[[], float]  # seconds that never go back; the simulator injects
 
 
 # What happened to a sequence; an event's `reason` says why, in words. WAITING: looked at and left
-# in the queue. CHUNKED: got part of the prompt tokens it wanted.
+# in the queue. CHUNKED: got part of the prompt tokens it wanted. HELD: the policy left some of the
+# running sequences that want one token out of a step.
 Kind = StrEnum(
     "Kind",
-    "ADDED WAITING ADMITTED CHUNKED CACHE_HIT CACHE_MISS PREEMPTED FINISHED ABORTED REJECTED",
+    "ADDED WAITING ADMITTED CHUNKED HELD CACHE_HIT CACHE_MISS PREEMPTED FINISHED ABORTED REJECTED",
 )
 
 
@@ -22,7 +23,7 @@ class Event(NamedTuple):
 
     Attributes:
         time_s: on the engine's clock. step: the number of the step in which it was made.
-        seq_id: the sequence concerned (-1: a request that never became one).
+        seq_id: the sequence concerned (-1: a request that never became one, or several).
         data: numbers that go with it (tokens, blocks, the other sequence).
     """
 

@@ -1,17 +1,14 @@
 """Policy: the hooks through which a scheduling idea enters.
 
 `Policy` itself is "fcfs": first come, first served. Subclass it, override what the idea is about,
-register it in `POLICIES` (the built-in ones are in core/policies.py). Hooks see read-only views and
-the engine's clock, never how long an output will be, and touch nothing. Those that return a
-Decision say why; the reasons of `admit` and `victim` go into the event log.
+and name it as `module:Class` (core/policies/ has the built-in ones). Hooks see read-only views and
+the engine's clock, never how long an output will be, and touch nothing but their own memory. Those
+that return a Decision say why, and where it decides something, the event log says it too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
-
-from nanovllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanovllm.core.views import SequenceView
@@ -50,7 +47,8 @@ class StepView:
 class Policy:
     """First come, first served; decodes before prefills; the last to come is preempted first."""
 
-    keys_change = False  # True: `key` depends on the time, so the queue is sorted anew each step
+    keys_change = False  # True: keys of waiting sequences may change; they are sorted each step
+    wants_matches = False  # True: num_matched_tokens of waiting sequences is updated each step
 
     def key(self, seq: "SequenceView", now_s: float) -> tuple[float, ...]:
         """Place in the queue for prefill tokens: the smallest goes first. Waiting sequences and
@@ -71,7 +69,8 @@ class Policy:
 
     def share_budget(self, step: StepView) -> Decision[tuple[int, int]]:
         """The largest numbers of decode and prefill tokens in this step. What decodes leave of
-        step.token_budget goes to prefills, up to their share."""
+        step.token_budget goes to prefills, up to their share. Shares by which nobody could go
+        are not kept."""
         return Decision((step.token_budget, step.token_budget), "decodes first")
 
     def victim(
@@ -89,22 +88,26 @@ class Policy:
         used first and of one sequence its tail before its head."""
         return next(iter(idle))
 
+    # What a policy may learn from; by default it does not.
 
-# name -> module:class; each is imported when it is asked for
-POLICIES: Mapping[str, str] = {
-    "fcfs": "nanovllm.core.policy:Policy",
-    "priority": "nanovllm.core.policies:Priority",
-}
+    def added(self, seq: "SequenceView") -> None:
+        """`seq` arrived and is about to be queued."""
+
+    def served(self, rows: Iterable[tuple["SequenceView", int]]) -> None:
+        """A step was planned: each sequence in it and how many tokens it computes."""
+
+    def finished(self, seq: "SequenceView") -> None:
+        """`seq` ended; its finish_reason says how."""
 
 
 def make_policy(name: str) -> Policy:
-    """The policy registered as `name`.
+    """The policy that `name` stands for: a built-in one, or "module:Class".
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in POLICIES:
-        raise ConfigError("scheduling_policy", name, f"choose one of {', '.join(POLICIES)}")
-    module, _, class_name = POLICIES[name].partition(":")
-    policy: Policy = getattr(import_module(module), class_name)()
-    return policy
+    if name == "fcfs":
+        return Policy()
+    from nanovllm.core.policies import load_policy
+
+    return load_policy(name)

@@ -16,6 +16,7 @@ from nanovllm.core.policy import Decision, Policy, StepView
 from nanovllm.core.sequence import Sequence, Status
 
 Key = tuple[tuple[float, ...], int]
+Limit = Decision[int]  # of tokens, and what it is a limit of
 
 
 class Scheduler:
@@ -48,14 +49,17 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
-        self._record(Kind.ADDED, seq, "", prompt_tokens=seq.num_prompt_tokens)
+        self.policy.added(seq)
         insort(self.waiting, (self._key(seq), seq))
+        self._record(Kind.ADDED, seq, "", prompt_tokens=seq.num_prompt_tokens)
 
     def schedule(self) -> StepPlan:
         """Plan the next step: first running sequences that want one token (decodes), then all
         that want more, running or waiting, in the order of the policy's keys."""
         self.events.step += 1
         plan, running, prefills = StepPlan(self.events.step), self.running.values(), []
+        for _, seq in self.waiting if self.policy.wants_matches else ():
+            seq.num_matched_tokens = len(self.blocks.match(seq)) * self.blocks.block_size
         if self.policy.keys_change:
             self.waiting = sorted((self._key(seq), seq) for _, seq in self.waiting)
         self._preempt_for_arrival()
@@ -63,10 +67,19 @@ class Scheduler:
         if len(decodes) < len(running):
             prefills = [seq for seq in running if seq.num_tokens - seq.num_computed_tokens > 1]
         budget = self.max_num_batched_tokens
-        shares, _ = self.policy.share_budget(self._view(budget, len(prefills)))
-        self._schedule_decodes(plan, decodes, min(shares[0], budget))
-        self._schedule_prefills(plan, prefills, min(shares[1], budget - len(plan.seq_ids)))
+        wanted, why = self.policy.share_budget(self._view(budget, len(prefills)))
+        for shares in (wanted, (budget, budget)):  # whoever lets nobody go has no say
+            if plan.seq_ids:
+                break
+            self._schedule_decodes(plan, decodes, min(shares[0], budget))
+            rest = budget - len(plan.seq_ids)
+            scarce = "budget" if shares[1] >= rest else f"budget: {why}"
+            self._schedule_prefills(plan, prefills, Decision(min(shares[1], rest), scarce))
+            if plan.seq_ids and shares[0] < min(len(decodes), budget):
+                self.events.record(Kind.HELD, -1, why, sequences=len(decodes) - shares[0])
         if plan.seq_ids:  # else the plan is not sent
+            rows = map(self.running.__getitem__, plan.seq_ids)
+            self.policy.served(zip(rows, plan.num_scheduled_tokens, strict=True))
             plan.removed.extend(self.removed)
             self.removed.clear()
         return plan
@@ -122,15 +135,17 @@ class Scheduler:
         kind = Kind.ABORTED if reason == "abort" else Kind.FINISHED
         self.events.counts["success"] += reason in ("stop", "length")
         self._record(kind, seq, reason, output_tokens=seq.num_tokens - seq.num_prompt_tokens)
+        self.policy.finished(seq)
 
     # The parts of a plan
 
     def _preempt_for_arrival(self) -> None:
         """Let the first in the queue take the place of running sequences, if the policy wants."""
+        limit = Decision(self.max_num_batched_tokens, "budget")
         while self.waiting and self.running:
             seq = self.waiting[0][1]
             victim, why = self.policy.victim(list(self.running.values()), seq)
-            if victim is None or self._may_run(seq, self.max_num_batched_tokens, 0).value:
+            if victim is None or self._may_run(seq, limit, 0).value:
                 return
             self._preempt(self.running[victim.seq_id], seq, why)
 
@@ -160,12 +175,15 @@ class Scheduler:
         self.blocks.cache_full_blocks(seq, end)
         return True
 
-    def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], limit: int) -> None:
+    def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], most: Limit) -> None:
+        limit, scarce = most
         running = sorted((self._key(s), s) for s in prefills if s.status is Status.RUNNING)
         queue, admitting = self.waiting[: self.max_num_seqs], True
         for _, seq in merge(running, queue):
             if seq.status is Status.WAITING:
-                admitting = admitting and self._admit(plan, seq, limit, len(prefills))
+                admitting = admitting and self._admit(
+                    plan, seq, Decision(limit, scarce), len(prefills)
+                )
             num_wanted = seq.num_tokens - seq.num_computed_tokens
             num_tokens = min(num_wanted, limit)
             if seq.status is Status.WAITING or num_tokens <= 0:
@@ -176,9 +194,9 @@ class Scheduler:
             plan.seq_ids.append(seq.seq_id)
             plan.num_scheduled_tokens.append(num_tokens)
             if num_tokens < num_wanted:
-                self._record(Kind.CHUNKED, seq, "budget", tokens=num_tokens, wanted=num_wanted)
+                self._record(Kind.CHUNKED, seq, scarce, tokens=num_tokens, wanted=num_wanted)
 
-    def _admit(self, plan: StepPlan, seq: Sequence, limit: int, num_prefills: int) -> bool:
+    def _admit(self, plan: StepPlan, seq: Sequence, limit: Limit, num_prefills: int) -> bool:
         """Let the first waiting sequence run, with blocks for all its tokens; those that the
         prefix cache has, it shares. False if it goes on waiting."""
         allowed, why = self._may_run(seq, limit, num_prefills + len(plan.new_sequences))
@@ -207,20 +225,20 @@ class Scheduler:
             self.events.counts["prefix_cache_hits"] += seq.num_cached_tokens
         return True
 
-    def _may_run(self, seq: Sequence, limit: int, num_prefills: int) -> Decision[bool]:
+    def _may_run(self, seq: Sequence, limit: Limit, num_prefills: int) -> Decision[bool]:
         """Whether a waiting sequence can run with `limit` tokens of budget, and why."""
         matched = self.blocks.match(seq)
         num_cached = min(len(matched) * self.blocks.block_size, seq.num_tokens - 1)
         num_wanted = 1 if self.enable_chunked_prefill else seq.num_tokens - num_cached
-        if num_wanted > limit:
-            return Decision(False, "no budget")
+        if num_wanted > limit.value:
+            return Decision(False, f"no {limit.reason}")
         if len(self.running) >= self.max_num_seqs:
             return Decision(False, "max_num_seqs")
         num_new = self.blocks.num_blocks_for(seq.num_tokens) - len(matched)
         num_blocks = self.blocks.num_to_take(matched, num_new)
         if num_blocks > self.blocks.num_available:
             return Decision(False, "no blocks")
-        return self.policy.admit(seq, num_blocks, self._view(limit, num_prefills))
+        return self.policy.admit(seq, num_blocks, self._view(limit.value, num_prefills))
 
     def _preempt(self, seq: Sequence, needy: Sequence, why: str) -> None:
         """Take the blocks of `seq`; it waits, and computes its tokens anew when it is back."""

@@ -13,6 +13,20 @@ class Status(Enum):
     FINISHED = auto()  # holds no blocks; finish_reason is set
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a request is served; policies may look at them.
+
+    Attributes:
+        tenant: whose it is, for shares among tenants.
+        ttft_target_s, tpot_target_s: wanted time to the first token, and for each one after it.
+    """
+
+    tenant: str = ""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens. A request with n samples is n sequences with the same request_id.
@@ -30,6 +44,8 @@ class Sequence:
         num_slots: positions that the block table has room for.
         block_hashes: chain hash of each full block known so far.
         num_hashed_blocks: how many blocks of the table have been offered to the prefix cache.
+        num_matched_tokens: those at its beginning that the prefix cache had at the last look; only
+            for policies that want it, while waiting.
         num_cached_tokens: prompt tokens that the prefix cache saved when first admitted.
         prompt_logprobs: by position. logprobs: one per output token.
         finish_reason: "stop", "length", "abort" or "error". stop_reason: the token id or string
@@ -47,10 +63,12 @@ class Sequence:
     arrival_s: float = 0.0
     stop_token_ids: frozenset[int] = frozenset()
     max_num_tokens: int = 2**62
+    terms: Terms = Terms()
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_matched_tokens: int = 0
     num_preemptions: int = 0
     num_slots: int = 0
     num_hashed_blocks: int = 0

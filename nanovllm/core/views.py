@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from nanovllm.core.sequence import Terms
+
 
 class SequenceView(Protocol):
     """A sequence as policies see it (core.sequence.Sequence says what each number means)."""
@@ -20,5 +22,11 @@ class SequenceView(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def num_computed_tokens(self) -> int: ...
+    @property
+    def num_matched_tokens(self) -> int: ...
+    @property
+    def terms(self) -> Terms: ...
+    @property
+    def finish_reason(self) -> str | None: ...
     @property
     def num_preemptions(self) -> int: ...

@@ -52,12 +52,14 @@ class Form(NamedTuple):
         dtype: of x. result: of the product.
         quantization: "int8" or "int4" rounds the weight.
         gated: silu(gate) · up, where gate and up are the halves of the product: [rows, out / 2].
+        name: of the layer that it is for, such as "model.layers.0.mlp.down_proj".
     """
 
     dtype: torch.dtype
     result: torch.dtype
     quantization: str | None = None
     gated: bool = False
+    name: str = ""
 
 
 class Ops(Protocol):
@@ -103,6 +105,20 @@ def choose_backend(
         MissingDependencyError: the one named needs a package that is not installed.
     """
     on_cpu = device.type == "cpu"
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        try:
+            triton = import_module("nanovllm.kernels.triton")
+        except ImportError as error:
+            if name == "triton":
+                purpose = "attention_backend='triton'"
+                raise MissingDependencyError("triton", "gpu", purpose) from error
+        else:
+            reason = triton.obstacle(device, dtype, head_dim)
+            if not reason:
+                backend: Backend = triton.make(device)
+                return backend
+            if name == "triton":
+                raise ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
     if name == "native" or (name == "auto" and on_cpu and dtype == torch.bfloat16):
         from nanovllm.kernels import native
 

@@ -12,14 +12,24 @@ from nanovllm.layers.module import Module
 
 
 class Embedding(Module):
-    """A vector for each token id: weight [V, H]."""
+    """A vector for each token id: weight [V, H].
+
+    Attributes:
+        first, combine: if other ranks hold the other rows, the id of the first one here, and what
+            sums the vectors of all ranks.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.first, self.combine = 0, None
 
     def forward(self, input_ids_T: Tensor) -> Tensor:
-        return F.embedding(input_ids_T, self.weight)
+        if self.combine is None:
+            return F.embedding(input_ids_T, self.weight)
+        rows_T = input_ids_T - self.first
+        held_T = (rows_T >= 0) & (rows_T < len(self.weight))
+        return self.combine(F.embedding(rows_T * held_T, self.weight) * held_T[:, None])
 
 
 class Linear(Module):

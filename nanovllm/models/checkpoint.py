@@ -1,7 +1,7 @@
 """A checkpoint on disk: where MODEL is, and its tensors one by one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,6 +10,9 @@ from torch import Tensor
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels.quantized import Groups
 from nanovllm.models.config import ModelConfig, read_json
+
+# name and shape of a tensor -> the part that is wanted, an axis each; None: nothing of it
+Cut = Callable[[str, Sequence[int]], tuple[slice, ...] | None]
 
 
 def locate(model: str) -> Path:
@@ -39,7 +42,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def open_tensors(
-    path: Path, load_format: str, keep_groups: bool = False
+    path: Path, load_format: str, keep_groups: bool = False, cut: Cut | None = None
 ) -> Iterator[tuple[str, Tensor | Groups]]:
     """(name, tensor) of each tensor at `path`, named as Hugging Face's checkpoints name them.
 
@@ -48,6 +51,7 @@ def open_tensors(
     Args:
         load_format: "auto" takes what is there. keep_groups: leave the quantized blocks of a GGUF
             file as they are, where they are of a kind that Groups can hold.
+        cut: the part of each tensor to read.
 
     Raises:
         ModelLoadError: no weights, a damaged file, a missing shard, or pickle weights.
@@ -59,7 +63,12 @@ def open_tensors(
             raise ModelLoadError(f"{path}: holds {len(ggufs)} .gguf files; name one as the model")
         from nanovllm.models.gguf import gguf_tensors
 
-        return gguf_tensors(ggufs[0], keep_groups)
+        tensors = gguf_tensors(ggufs[0], keep_groups)
+        if cut is None:
+            return tensors
+        from nanovllm.models.sharding import cut_tensors
+
+        return cut_tensors(tensors, cut)
     if keep_groups:
         raise ModelLoadError(f"{path}: quantization='gguf' needs a .gguf file as the model")
     names: list[tuple[Path, str]] = []
@@ -69,14 +78,20 @@ def open_tensors(
                 names += ((file, name) for name in opened.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file}: not a whole safetensors file ({error})") from error
-    return ((name, read_tensor(file, name)) for file, name in names)
+    found = ((name, read_tensor(file, name, cut)) for file, name in names)
+    return ((name, tensor) for name, tensor in found if tensor is not None)
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor. The file is opened for it alone: what an open file has read stays in memory."""
+def read_tensor(file: Path, name: str, cut: Cut | None = None) -> Tensor | None:
+    """One tensor, or the part of it that is wanted. The file is opened for it alone: what an open
+    file has read stays in memory."""
     with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        if cut is None:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+        stored = opened.get_slice(name)
+        where = cut(name, stored.get_shape())
+        return None if where is None else stored[where]
 
 
 def weight_files(folder: Path) -> list[Path]:

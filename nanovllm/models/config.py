@@ -22,6 +22,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         sliding_window: positions that a token sees, itself included, in the layers that have a
             window (each family knows which); None is all.
         eos_token_ids: tokens with which the model ends its output.
+        held_experts: which experts, from and to, this rank holds; None is all.
         extra: the whole config.json, for what only one family has.
     """
 
@@ -44,6 +45,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window: Size | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     eos_token_ids: tuple[int, ...]
+    held_experts: tuple[int, int] | None = None
     extra: dict[str, Any]
 
     @classmethod

@@ -12,7 +12,7 @@ from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import Backend, Form
 from nanovllm.kernels.quantized import Groups
 from nanovllm.layers.linear import Embedding, Linear
-from nanovllm.models.checkpoint import open_tensors
+from nanovllm.models.checkpoint import Cut, open_tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.registry import model_class
@@ -31,8 +31,12 @@ def load_model(
     max_positions: int,
     quantization: str | None = None,
     seed: int = 0,
+    cut: Cut | None = None,
 ) -> LlamaForCausalLM:
     """The model at `path` (see checkpoint.locate), on `device`, its products packed by `backend`.
+
+    Args:
+        config: of what is loaded. cut: which part of each tensor that is; None is all.
 
     Raises:
         ModelLoadError: names the file or the tensor that is missing, damaged or of a wrong shape.
@@ -40,7 +44,7 @@ def load_model(
     build = model_class(config.architecture)
     dummy = load_format == "dummy"
     keep_groups = quantization == "gguf"
-    tensors = iter(()) if dummy else open_tensors(path, load_format, keep_groups)
+    tensors = iter(()) if dummy else open_tensors(path, load_format, keep_groups, cut)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -49,13 +53,16 @@ def load_model(
     finally:
         torch.set_default_dtype(default)
 
+    names = {module: name for name, module in model.named_modules()}
+
     def pack(module: nn.Module, weight: Tensor | Groups) -> None:
         if isinstance(module, Embedding) and config.tie_word_embeddings:
             pack(model.lm_head, weight)
         if isinstance(module, Linear):
             head = module is model.lm_head
             kind = "int8" if head and quantization == "int4" else quantization
-            form = Form(dtype, torch.float32 if head else dtype, kind, module.gated)
+            result = torch.float32 if head else dtype
+            form = Form(dtype, result, kind, module.gated, names[module])
             module.product = backend.pack(weight, module.bias, form)
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 

@@ -32,9 +32,9 @@ class Qwen3MoeMLP(Module):
         self.num_chosen = need(config, "num_experts_per_tok")
         self.weights_sum_to_1 = config.extra.get("norm_topk_prob", False)
         self.gate = Linear(config.hidden_size, num_experts(config))
-        self.experts = Experts(
-            num_experts(config), config.hidden_size, need(config, "moe_intermediate_size")
-        )
+        held = config.held_experts or (0, num_experts(config))
+        size = need(config, "moe_intermediate_size")
+        self.experts = Experts(held, config.hidden_size, size)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         weights_TE = self.gate(x_TH).softmax(dim=-1, dtype=torch.float32)
@@ -45,26 +45,38 @@ class Qwen3MoeMLP(Module):
 
 
 class Experts(Module):
-    """E gated MLPs, their matrices stacked."""
+    """E gated MLPs, their matrices stacked.
 
-    def __init__(self, num_experts: int, hidden_size: int, size: int) -> None:
+    Args:
+        held: the numbers of those that are here, from and to.
+
+    Attributes:
+        combine: if other ranks hold the others, what sums the results of all ranks.
+    """
+
+    def __init__(self, held: tuple[int, int], hidden_size: int, size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, size))
+        self.held, self.combine = held, None
+        self.gate_up = nn.Parameter(torch.empty(held[1] - held[0], 2 * size, hidden_size))
+        self.down = nn.Parameter(torch.empty(held[1] - held[0], hidden_size, size))
 
     def forward(self, x_TH: Tensor, weights_TX: Tensor, chosen_TX: Tensor) -> Tensor:
         out_TH = torch.zeros_like(x_TH)
+        first, stop = self.held
         for expert in chosen_TX.unique().tolist():
+            if not first <= expert < stop:
+                continue
             tokens_S, rank_S = (chosen_TX == expert).nonzero(as_tuple=True)
-            gate_up_S2F = F.linear(x_TH[tokens_S], self.gate_up[expert])
-            y_SH = F.linear(silu_mul(gate_up_S2F), self.down[expert])
+            gate_up_S2F = F.linear(x_TH[tokens_S], self.gate_up[expert - first])
+            y_SH = F.linear(silu_mul(gate_up_S2F), self.down[expert - first])
             out_TH.index_add_(0, tokens_S, y_SH * weights_TX[tokens_S, rank_S, None])
-        return out_TH
+        return out_TH if self.combine is None else self.combine(out_TH)
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Where each expert's matrices go, named relative to the parent module."""
         views: dict[str, Tensor] = {}
-        for i, (gate_up, down) in enumerate(zip(self.gate_up.data, self.down.data, strict=True)):
+        experts = zip(self.gate_up.data, self.down.data, strict=True)
+        for i, (gate_up, down) in enumerate(experts, self.held[0]):
             gate, up = gate_up.chunk(2)
             parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
             views |= {f"experts.{i}.{name}.weight": part for name, part in parts.items()}

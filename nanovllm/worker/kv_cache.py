@@ -34,6 +34,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, like: torch.Tensor) 
         unused = "SC_AVPHYS_PAGES" in os.sysconf_names  # macOS only tells what there is in all
         pages = os.sysconf("SC_AVPHYS_PAGES" if unused else "SC_PHYS_PAGES")
         memory = min(CPU_LIMIT, pages * os.sysconf("SC_PAGE_SIZE") // 2)
+        memory //= config.tensor_parallel_size  # all ranks are on this machine
     fitting = memory // (2 * block_elements * like.element_size())
     if fitting < 1:
         raise ConfigError("kv_cache_memory_bytes", memory, "holds no block; give it more")

@@ -34,10 +34,19 @@ def sampled_logprobs(
 
 
 def prompt_logprobs(
-    model: LlamaForCausalLM, table: SequenceTable, inputs: StepInputs, hidden_TH: Tensor
+    model: LlamaForCausalLM,
+    table: SequenceTable,
+    inputs: StepInputs,
+    hidden_TH: Tensor,
+    *,
+    follows: bool,
 ) -> PromptLogprobs:
     """Of each prompt token that follows one computed in this step, for sequences that ask:
-    seq_id -> its position -> log probability."""
+    seq_id -> its position -> log probability.
+
+    Args:
+        follows: this rank has a part of the logits only, and another one gathers them.
+    """
     found: PromptLogprobs = {}
     offsets = inputs.attention.query_starts.tolist()
     for i, (row, start) in enumerate(
@@ -47,6 +56,8 @@ def prompt_logprobs(
         count = min(offsets[i + 1] - offsets[i], seq.num_prompt_tokens - 1 - start)
         if seq.params.prompt_logprobs is not None and count > 0:
             logits_LV = model.logits(hidden_TH[offsets[i] : offsets[i] + count])
+            if follows:
+                continue
             found[seq.seq_id] = {
                 position: token_logprobs(
                     logits_V, int(table.token_ids[row, position]), seq.params.prompt_logprobs

@@ -15,6 +15,7 @@ from nanovllm.worker.sampler import sample
 
 if TYPE_CHECKING:
     from nanovllm.worker.grammar import Grammars
+    from nanovllm.worker.ranks import Ranks
 
 
 class ModelRunner:
@@ -22,6 +23,7 @@ class ModelRunner:
 
     Args:
         path: of the tokenizer; read when the first sequence with structured_outputs comes.
+        ranks: those that run the same plans with other parts of the model; None: this has all.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class ModelRunner:
         table: SequenceTable,
         config: ModelConfig,
         path: Path,
+        ranks: "Ranks | None" = None,
     ) -> None:
+        self.ranks = ranks
         self.model, self.backend, self.caches, self.table = model, backend, caches, table
         self.device, self.config, self.path = caches[0].k.device, config, path
         self.grammars: Grammars | None = None
@@ -56,7 +60,8 @@ class ModelRunner:
             from nanovllm.worker.logprobs import prompt_logprobs
 
             hidden_TH = self.forward(inputs)
-            found = prompt_logprobs(self.model, table, inputs, hidden_TH)
+            follows = self.ranks is not None and self.ranks.rank > 0
+            found = prompt_logprobs(self.model, table, inputs, hidden_TH, follows=follows)
             result.prompt_logprobs.update(found)
             hidden_RH = hidden_TH[last_R]
         else:
@@ -85,10 +90,15 @@ class ModelRunner:
         """A token for each sequence whose last token was computed, into the result."""
         table, rows = self.table, inputs.rows[inputs.sampled]
         logits_RV = self.model.logits(hidden_RH).float()
+        if self.ranks is not None and self.ranks.rank:  # the leader samples
+            table.append(rows, self.ranks.share([-1] * len(rows)))
+            return
         known = [(table.sequences[r], table.token_ids[r, : table.num_tokens[r]]) for r in rows]
         samples = sample(logits_RV, known, self.grammars)
         for i, token_id in zip(inputs.sampled, samples.token_ids, strict=True):
             result.token_ids[i] = token_id
+        if self.ranks is not None:
+            self.ranks.share(samples.token_ids)
         table.append(rows, samples.token_ids)
         for i, entry in samples.logprobs.items():
             result.logprobs[plan.seq_ids[inputs.sampled[i]]] = entry

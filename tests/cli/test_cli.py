@@ -181,7 +181,8 @@ def test_a_missing_or_unknown_command_or_prompt_is_a_usage_error(capsys):
 def test_an_impossible_setting_parameter_or_prompt_exits_with_2(tiny, capsys):
     assert error_of(["generate", "hi", "--scheduling-policy", "fcsf"], capsys) == (
         2,
-        "nanovllm: error: scheduling_policy='fcsf': can be fcfs, priority; the nearest is fcfs",
+        "nanovllm: error: scheduling_policy='fcsf': can be fcfs, priority, sjf, lpm, edf, fair, "
+        "prefill-first, sarathi, or module:Class; the nearest is fcfs",
     )
     status, message = error_of(["generate", "hi", "--max-tokens", "0"], capsys)
     assert (status, message[:30]) == (2, "nanovllm: error: max_tokens=0:")

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from nanovllm.core.plan import NewSequence, StepPlan, StepResult, TokenLogprobs
-from nanovllm.core.policies import Priority
+from nanovllm.core.policies.priority import Priority
 from nanovllm.core.policy import Decision, Policy, StepView
 from nanovllm.core.sequence import Status
 from nanovllm.core.views import SequenceView

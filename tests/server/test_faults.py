@@ -95,10 +95,11 @@ def error_of(response: httpx.Response, status: int) -> str:
     return str(response.json()["error"]["message"])
 
 
-def child_of(server: Served) -> int:
-    """The process that renders chat templates."""
+def child_of(server: Served, module: str = "nanovllm.server.render") -> int:
+    """The process that runs a module: the one that renders chat templates, or another."""
     tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    [child] = [int(pid) for task in tasks for pid in task.read_text().split()]
+    children = [int(pid) for task in tasks for pid in task.read_text().split()]
+    [child] = [pid for pid in children if module in Path(f"/proc/{pid}/cmdline").read_text()]
     return child
 
 
@@ -263,6 +264,30 @@ def test_37_a_stopped_template_process_is_replaced_after_a_deadline(faulty, faul
         assert "took more than" in error_of(faulty.post(CHAT, messages=HI), 500)
         assert is_gone(child)
         assert faulty.post(CHAT, messages=HI, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_35_and_37_a_lost_rank_tells_all_and_the_process_ends_with_1(tiny, tmp_path, number):
+    """One that hangs is noticed by the time that a step takes."""
+    flags = str(tiny), *SMALL, "-tp", "2", "--distributed-timeout-seconds", "2"
+    with (
+        Served(*flags, log=tmp_path / "log") as served,
+        start(served, **{**LONG, "max_tokens": 490}, stream=True) as stream,
+        start(served, **{**LONG, "max_tokens": 490}) as whole,
+    ):
+        assert stream.recv(1) == b"H"
+        os.kill(child_of(served, "executor.follower"), number)
+        assert served.process.wait(LIMIT_S) == 1
+        told = read_all(stream)
+        assert b"make a new engine" in told and told.endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+        assert read_all(whole).startswith(b"HTTP/1.1 503 ")
+
+
+def test_35_a_rank_lost_while_the_server_is_idle_ends_it_too(tiny, tmp_path):
+    with Served(str(tiny), *SMALL, "-tp", "2", log=tmp_path / "log") as served:
+        os.kill(child_of(served, "executor.follower"), signal.SIGKILL)
+        assert served.process.wait(LIMIT_S) == 1
+    assert "rank 1 died (status -9)" in (tmp_path / "log").read_text()
 
 
 def test_36_a_killed_server_takes_its_child_along_and_frees_its_port(tiny, tmp_path):

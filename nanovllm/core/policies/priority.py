@@ -1,4 +1,4 @@
-"""Policies beside the default one."""
+"""Priority: as the requests' own numbers say."""
 
 from collections.abc import Sequence
 
