@@ -1,6 +1,7 @@
 """A server that speaks OpenAI's API as a test tells it to."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,14 @@ class FakeOpenAI:
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [body for _, _, body in self.seen]
+
+
+class QuietServer(ThreadingHTTPServer):
+    """One that does not print what a client did by leaving early."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeOpenAI]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with QuietServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         fake.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = Thread(target=server.serve_forever, args=(0.01,))

@@ -141,7 +141,7 @@ class Recorder:
 
     def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
         self.weights.append(weight)
-        self.forms.append(form)
+        self.forms.append(form._replace(name=""))
         return reference.pack(weight, bias, form)
 
 

@@ -116,7 +116,7 @@ def test_an_engine_takes_the_number_it_is_given_and_else_all_cores(
     tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr("nanovllm.executor.inline.default_num_threads", lambda: 2)
+    monkeypatch.setattr("nanovllm.worker.rank.default_num_threads", lambda: 2)
     settings = {"load_format": "dummy", "skip_tokenizer_init": True, "num_kv_blocks": 4}
     for num_threads, expected in ((3, 3), (None, 2), (1, 1)):
         with LLM(tmp_path, num_threads=num_threads, **settings):
