@@ -150,6 +150,7 @@ def test_a_follower_that_hangs_is_killed_after_a_time(pair: LLM) -> None:
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(EngineDeadError):
         pair.generate([make_ids(1, 20)], greedy(4), use_tqdm=False)
+    wait_until(lambda: process.poll() is not None)
     assert process.returncode == -signal.SIGKILL
 
 
