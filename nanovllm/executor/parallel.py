@@ -12,6 +12,7 @@ has died or failed, and after a time of one that hangs: then all are killed, who
 in a collective gets an error, and the engine is dead.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -74,6 +75,7 @@ class ParallelExecutor:
                 start = Start(config, model, str(path), number, store.port, shape)
                 self._start(memory, self.encoder.encode(start))
             self.ring = RingWriter(memory, shape, self.connections)
+            os.close(memory)  # each has mapped it, or has a descriptor of its own
             device = rank_device(config, 0)
             ranks = Ranks(store, 0, size, device, self.timeout_s)
             rank = Rank(config, model, path, ranks)
