@@ -19,6 +19,7 @@ from nanovllm.errors import FieldError, InvalidRequestError, NanoVLLMError
 from nanovllm.server.chat import chat_job
 from nanovllm.server.completions import completion_job
 from nanovllm.server.guard import Guard
+from nanovllm.server.metrics import CONTENT_TYPE
 from nanovllm.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -140,7 +141,7 @@ def add_operation(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         text = service.loaded.metrics.render() if service.loaded else b""
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(text, media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -14,6 +14,7 @@ from nanovllm.core.policy import Policy, make_policy
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Terms
 from nanovllm.errors import ConfigError, InvalidRequestError
+from nanovllm.replay import VirtualClock
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.sim.cost import CostModel, Work
 from nanovllm.sim.report import Finished, Report
@@ -45,16 +46,6 @@ class Engine:
     def caching_if(self, shares: bool) -> "Engine":
         """The same; without prefix caching if prompts share nothing, which saves the hashing."""
         return replace(self, enable_prefix_caching=self.enable_prefix_caching and shares)
-
-
-class VirtualClock:
-    """Seconds that pass when they are told to."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class SimulatedExecutor:
