@@ -120,7 +120,8 @@ def request_output(
         prompt_logprobs = [None, *show_logprobs(known, tokenizer)]
     outputs = []
     for seq, text in zip(request.sequences, request.texts, strict=True):
-        num_chars, num_ids = (0, 0) if since is None else since.get(seq.index, (0, seq.num_tokens))
+        nothing = 0, len(seq.token_ids)
+        num_chars, num_ids = (0, 0) if since is None else since.get(seq.index, nothing)
         ids = seq.token_ids[seq.num_prompt_tokens + num_ids :]
         if since is not None and not ids and (seq.index not in since or not seq.finish_reason):
             continue

@@ -144,17 +144,17 @@ class Text:
         seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
         if detokenizer is None:
             return None
-        known, end = len(self.text), seq.num_tokens
+        known, end = len(self.text), len(seq.token_ids)
         if isinstance(seq.stop_reason, int) and not params.include_stop_str_in_output:
             end -= 1  # the token that stopped it is not part of the text
         for token_id in seq.token_ids[self.num_read : end]:
             self.text += detokenizer.push(token_id)
-        self.num_read = seq.num_tokens
+        self.num_read = len(seq.token_ids)
         if seq.finish_reason is not None:
             self.text += detokenizer.finish()
         found = [(self.text.find(s, max(0, known - len(s) + 1)), s) for s in self.stops]
         at, stop = min((hit for hit in found if hit[0] >= 0), default=(-1, None))
-        if stop is None or seq.num_tokens - seq.num_prompt_tokens <= params.min_tokens:
+        if stop is None or self.num_read - seq.num_prompt_tokens <= params.min_tokens:
             return None
         self.text = self.text[: at + len(stop) if params.include_stop_str_in_output else at]
         return stop

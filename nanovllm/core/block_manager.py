@@ -132,27 +132,33 @@ class BlockManager:
         seq.num_slots = len(seq.block_table) * self.block_size
         return seq.block_table[start:]
 
-    def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
-        """Let the blocks of `seq` that `num_tokens` fill answer to their hashes.
+    def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> list[Block]:
+        """Let the blocks of `seq` that `num_tokens` known tokens fill answer to their hashes.
 
         Called when the step that computes those tokens is planned. A twin admitted to that very
         step may share them: in each layer a step stores all keys and values before it reads any.
-        If the step fails, `forget` takes the hashes back.
+
+        Returns:
+            the blocks that answer from now on; if the step fails, `forget` takes that back.
         """
-        num_full = num_tokens // self.block_size
+        num_full, hashed = min(num_tokens, len(seq.token_ids)) // self.block_size, list[Block]()
         if not self.enable_prefix_caching or num_full <= seq.num_hashed_blocks:
-            return
+            return hashed
         hashes = self._hashes(seq)
         for i in range(seq.num_hashed_blocks, num_full):
             if hashes[i] not in self.cached:
                 block = self.cached[hashes[i]] = self.blocks[seq.block_table[i]]
                 block.block_hash, block.token_ids = hashes[i], self._tokens(seq, i)
+                hashed.append(block)
         seq.num_hashed_blocks = num_full
+        return hashed
 
-    def forget(self, seq: Sequence, start: int) -> None:
-        """Take back the hashes of the blocks of `seq` from token `start` on: their step failed."""
-        for block_id in seq.block_table[start // self.block_size :]:
-            self._unhash(self.blocks[block_id])
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Take back the hashes of blocks: the step that was to fill them failed."""
+        for block in blocks:
+            self._unhash(block)
+            if self.idle.pop(block.block_id, None) is not None:
+                self.free.append(block.block_id)
 
     def release(self, seq: Sequence) -> None:
         """Give up all blocks of `seq`. Its tail goes first, so that it is also evicted first:
@@ -182,7 +188,7 @@ class BlockManager:
     def _hashes(self, seq: Sequence) -> list[bytes]:
         """The chain hashes of all full blocks of `seq`; each is computed once."""
         hashes = seq.block_hashes
-        for i in range(len(hashes), seq.num_tokens // self.block_size):
+        for i in range(len(hashes), len(seq.token_ids) // self.block_size):
             parent = hashes[-1] if hashes else seq.cache_salt.encode(errors="surrogatepass")
             tokens = array("q", self._tokens(seq, i)).tobytes()
             hashes.append(blake2b(parent + tokens, key=self.key, digest_size=16).digest())

@@ -1,7 +1,9 @@
 """EngineCore: add, abort, step. The loop that everything else feeds or reads."""
 
 import logging
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from nanovllm.core.events import Kind
@@ -21,13 +23,30 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+class AsyncExecutor(Executor, Protocol):
+    """One that may be handed a plan while it is still busy with the one before."""
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step. What is returned waits for its result; to be called in the same order."""
+        ...
+
+
 class EngineCore:
     """Takes requests in as token ids and advances them a step at a time.
 
+    With an AsyncExecutor in `ahead`, a step is planned and begun while the one before it is still
+    under way (asynchronous scheduling): a device need not wait for the scheduler. Tokens are the
+    same; a sequence whose end is seen in a result has a row in one more step, for nothing.
+
+        schedule 1 │ schedule 2 │ update 1 │ schedule 3 │ update 2 │ ...
+                   └─ step 1 ──────┘└─ step 2 ─────────────┘└─ step 3 ...
+
     Args:
+        executor: carries out the plans, each before the next is made.
         max_model_len: tokens that a sequence may have, prompt and output together.
         eos_token_ids: the model's own ends.
         seed: from which requests without a seed get theirs.
+        ahead: the executor, if it is to be handed each plan before the last one's result is in.
     """
 
     def __init__(
@@ -37,7 +56,10 @@ class EngineCore:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         seed: int = 0,
+        ahead: AsyncExecutor | None = None,
     ) -> None:
+        self.ahead = ahead
+        self.under_way: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         self.scheduler, self.executor, self.events = scheduler, executor, scheduler.events
         self.eos_token_ids, self.seed = frozenset(eos_token_ids), seed
         limits = [max_model_len, scheduler.blocks.num_blocks * scheduler.blocks.block_size]
@@ -48,7 +70,7 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or bool(self.under_way)
 
     def add(
         self,
@@ -119,20 +141,29 @@ class EngineCore:
             the sequences that got a token or ended.
         """
         plan = self.scheduler.schedule()
-        if not plan.seq_ids:
-            return []
         try:
-            result = self.executor.execute(plan)
+            if plan.seq_ids:
+                begin = self.ahead.submit if self.ahead else partial(partial, self.executor.execute)
+                self.under_way.append((plan, begin(plan)))
+            if len(self.under_way) <= (1 if plan.seq_ids and self.ahead else 0):
+                return []
+            plan, wait = self.under_way.popleft()
+            result = wait()
         except EngineDeadError:  # no step can follow
-            self.scheduler.fail(plan, "the engine died")
+            self.fail("the engine died")
             raise
-        except Exception as error:  # this step's sequences end; the engine goes on
+        except Exception as error:  # the sequences under way end; the engine goes on
             logger.exception("step %d failed; its %d sequences end", plan.step, len(plan.seq_ids))
-            return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
+            return self.fail(f"{type(error).__name__}: {error}")
         except BaseException:  # Ctrl-C: the same, and the caller hears of it
-            self.scheduler.fail(plan, "interrupted")
+            self.fail("interrupted")
             raise
         return self.scheduler.update(plan, result)
+
+    def fail(self, message: str) -> list[Sequence]:
+        """Forget the steps under way; their sequences end with an error and are returned."""
+        self.under_way.clear()
+        return self.scheduler.fail(message)
 
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges under vLLM's names."""

@@ -4,12 +4,16 @@ There is no prefill phase and no decode phase. Each sequence has num_computed_to
 reach num_tokens; a step gives out a budget of tokens. Prefill, chunked prefill, decode,
 recomputing after a preemption and going on after a cache hit are all that one rule, and they
 share a batch.
+
+A plan may be made while the steps before it are still under way: a token that one of them will
+sample is awaited, and the plan computes it as it will be.
 """
 
 from bisect import insort
 from heapq import merge
+from typing import NamedTuple
 
-from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.block_manager import Block, BlockManager
 from nanovllm.core.events import EventLog, Kind
 from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.core.policy import Decision, Policy, StepView
@@ -17,6 +21,14 @@ from nanovllm.core.sequence import Sequence, Status
 
 Key = tuple[tuple[float, ...], int]
 Limit = Decision[int]  # of tokens, and what it is a limit of
+
+
+class UnderWay(NamedTuple):
+    """A step that was planned: the sequences of its rows, the blocks that it fills and hashed."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    hashed: list[Block]
 
 
 class Scheduler:
@@ -43,6 +55,8 @@ class Scheduler:
         self.waiting: list[tuple[Key, Sequence]] = []  # sorted: the next to be admitted first
         self.running: dict[int, Sequence] = {}  # in order of admission
         self.removed: list[int] = []  # for the next plan
+        self.hashed: list[Block] = []  # by the next plan
+        self.under_way: dict[int, UnderWay] = {}  # by number of step
 
     @property
     def has_unfinished(self) -> bool:
@@ -63,7 +77,11 @@ class Scheduler:
         if self.policy.keys_change:
             self.waiting = sorted((self._key(seq), seq) for _, seq in self.waiting)
         self._preempt_for_arrival()
-        decodes = [seq for seq in running if seq.num_tokens - seq.num_computed_tokens == 1]
+        decodes = [
+            seq
+            for seq in running
+            if seq.num_tokens - seq.num_computed_tokens == 1 and seq.num_tokens < seq.max_num_tokens
+        ]
         if len(decodes) < len(running):
             prefills = [seq for seq in running if seq.num_tokens - seq.num_computed_tokens > 1]
         budget = self.max_num_batched_tokens
@@ -78,10 +96,12 @@ class Scheduler:
             if plan.seq_ids and shares[0] < min(len(decodes), budget):
                 self.events.record(Kind.HELD, -1, why, sequences=len(decodes) - shares[0])
         if plan.seq_ids:  # else the plan is not sent
-            rows = map(self.running.__getitem__, plan.seq_ids)
+            rows = [self.running[seq_id] for seq_id in plan.seq_ids]
             self.policy.served(zip(rows, plan.num_scheduled_tokens, strict=True))
             plan.removed.extend(self.removed)
             self.removed.clear()
+            self.under_way[plan.step] = UnderWay(plan, rows, self.hashed)
+            self.hashed = []
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -90,40 +110,41 @@ class Scheduler:
         Returns:
             the sequences that got a token or ended with an error.
         """
-        now_s, advanced, running = self.events.clock(), [], self.running
-        for seq_id in result.prompt_logprobs.keys() & running.keys():
-            running[seq_id].prompt_logprobs.update(result.prompt_logprobs[seq_id])
-        for seq_id in result.logprobs.keys() & running.keys():
-            running[seq_id].logprobs.append(result.logprobs[seq_id])
-        for seq_id, token_id in zip(plan.seq_ids, result.token_ids, strict=True):
-            if token_id < 0 or (seq := running.get(seq_id)) is None:
-                continue  # part of a prompt, or aborted meanwhile
+        now_s, advanced = self.events.clock(), []
+        sequences = self.under_way.pop(plan.step).sequences
+        if result.logprobs or result.prompt_logprobs:
+            self._add_logprobs(sequences, result)
+        for seq, token_id in zip(sequences, result.token_ids, strict=True):
+            if token_id < 0 or seq.finish_reason is not None:
+                continue  # part of a prompt, or ended meanwhile
             seq.token_ids.append(token_id)
-            seq.num_tokens += 1
             seq.last_token_s = now_s
             if seq.first_token_s is None:
                 seq.first_token_s = now_s
             advanced.append(seq)
             if token_id in seq.stop_token_ids:
                 self.finish(seq, "stop", token_id)
-            elif seq.num_tokens >= seq.max_num_tokens:
+            elif len(seq.token_ids) >= seq.max_num_tokens:
                 self.finish(seq, "length")
         self.events.counts["generation_tokens"] += len(advanced)
-        for seq_id in result.errors.keys() & running.keys():
-            advanced.append(running[seq_id])
-            self.finish(running[seq_id], "error", result.errors[seq_id])
+        for seq in sequences if result.errors else ():
+            if seq.seq_id in result.errors and seq.finish_reason is None:
+                advanced.append(seq)
+                self.finish(seq, "error", result.errors[seq.seq_id])
         return advanced
 
-    def fail(self, plan: StepPlan, message: str) -> list[Sequence]:
-        """The step raised an exception: end the sequences in it, whatever it has stored."""
-        failed = [self.running[seq_id] for seq_id in plan.seq_ids if seq_id in self.running]
-        scheduled = dict(zip(plan.seq_ids, plan.num_scheduled_tokens, strict=True))
-        for seq in failed:
-            self.blocks.forget(seq, seq.num_computed_tokens - scheduled[seq.seq_id])
-        for seq in failed:
+    def fail(self, message: str) -> list[Sequence]:
+        """A step raised an exception: end the sequences of all steps under way, since each goes on
+        from the one before it, and forget what they were to store."""
+        failed: dict[int, Sequence] = {}
+        for plan, sequences, hashed in self.under_way.values():
+            self.blocks.forget(hashed)
+            failed |= {seq.seq_id: seq for seq in sequences if seq.finish_reason is None}
+            self.removed += plan.removed  # a rank may not have come to it
+        self.under_way.clear()
+        for seq in failed.values():
             self.finish(seq, "error", message)
-        self.removed += plan.removed  # a rank may not have come to it
-        return failed
+        return list(failed.values())
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sequence, running or waiting, and release its blocks."""
@@ -134,8 +155,16 @@ class Scheduler:
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         kind = Kind.ABORTED if reason == "abort" else Kind.FINISHED
         self.events.counts["success"] += reason in ("stop", "length")
+        seq.num_tokens = len(seq.token_ids)  # nothing is awaited
         self._record(kind, seq, reason, output_tokens=seq.num_tokens - seq.num_prompt_tokens)
         self.policy.finished(seq)
+
+    def _add_logprobs(self, sequences: list[Sequence], result: StepResult) -> None:
+        for seq in sequences:
+            if seq.finish_reason is None:
+                seq.prompt_logprobs.update(result.prompt_logprobs.get(seq.seq_id, {}))
+                if (found := result.logprobs.get(seq.seq_id)) is not None:
+                    seq.logprobs.append(found)
 
     # The parts of a plan
 
@@ -145,7 +174,7 @@ class Scheduler:
         while self.waiting and self.running:
             seq = self.waiting[0][1]
             victim, why = self.policy.victim(list(self.running.values()), seq)
-            if victim is None or self._may_run(seq, limit, 0).value:
+            if victim is None or seq.num_awaited or self._may_run(seq, limit, 0).value:
                 return
             self._preempt(self.running[victim.seq_id], seq, why)
 
@@ -155,7 +184,7 @@ class Scheduler:
         for seq in decodes[: max(limit, 0)]:
             end = seq.num_computed_tokens + 1
             if end < seq.num_slots or self._reach(plan, seq, end):
-                seq.num_computed_tokens = end
+                seq.num_computed_tokens, seq.num_tokens = end, end + 1
                 plan.seq_ids.append(seq.seq_id)
         plan.num_scheduled_tokens.extend([1] * len(plan.seq_ids))
 
@@ -172,7 +201,7 @@ class Scheduler:
                 self._preempt(self.running[victim.seq_id] if victim else seq, seq, why)
         if seq.status is Status.WAITING:
             return False
-        self.blocks.cache_full_blocks(seq, end)
+        self.hashed += self.blocks.cache_full_blocks(seq, end)
         return True
 
     def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], most: Limit) -> None:
@@ -190,11 +219,13 @@ class Scheduler:
                 continue
             limit -= num_tokens
             seq.num_computed_tokens += num_tokens
-            self.blocks.cache_full_blocks(seq, seq.num_computed_tokens)
+            self.hashed += self.blocks.cache_full_blocks(seq, seq.num_computed_tokens)
             plan.seq_ids.append(seq.seq_id)
             plan.num_scheduled_tokens.append(num_tokens)
             if num_tokens < num_wanted:
                 self._record(Kind.CHUNKED, seq, scarce, tokens=num_tokens, wanted=num_wanted)
+            else:
+                seq.num_tokens += 1
 
     def _admit(self, plan: StepPlan, seq: Sequence, limit: Limit, num_prefills: int) -> bool:
         """Let the first waiting sequence run, with blocks for all its tokens; those that the
@@ -227,6 +258,8 @@ class Scheduler:
 
     def _may_run(self, seq: Sequence, limit: Limit, num_prefills: int) -> Decision[bool]:
         """Whether a waiting sequence can run with `limit` tokens of budget, and why."""
+        if seq.num_awaited:  # it was preempted after the step that samples it was planned
+            return Decision(False, "token under way")
         matched = self.blocks.match(seq)
         num_cached = min(len(matched) * self.blocks.block_size, seq.num_tokens - 1)
         num_wanted = 1 if self.enable_chunked_prefill else seq.num_tokens - num_cached

@@ -40,6 +40,8 @@ class Sequence:
 
     Attributes:
         seq_id: unique in the engine, in order of arrival.
+        num_tokens: those known, and the one that a step under way will sample.
+        num_computed_tokens: by all steps planned.
         max_num_tokens: the length that ends it. stop_token_ids: tokens that end it.
         num_slots: positions that the block table has room for.
         block_hashes: chain hash of each full block known so far.
@@ -87,6 +89,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)
         self.num_tokens = self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_awaited(self) -> int:
+        """Tokens that steps under way will sample."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Small stand-ins for the parts around the control plane: an executor, a clock, sequences."""
 
 from collections.abc import Callable
+from functools import partial
 
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine import EngineCore
@@ -31,6 +32,8 @@ class FakeExecutor:
             step has spoilt what it was to store.
         bad_rows: sequences whose sampling fails in the next step.
         deaf: the next failure comes before anything of the plan is read.
+        broken: a step failed that was submitted ahead, and nobody has heard of it: those after it
+            fail too.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class FakeExecutor:
         self.kv: dict[tuple[int, int], int | None] = {}  # (block id, offset) -> stream
         self.failures: list[BaseException | None] = []
         self.bad_rows: set[int] = set()
-        self.deaf = False
+        self.deaf = self.broken = False
         self.closed = False
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -67,10 +70,27 @@ class FakeExecutor:
         for i, seq_id in enumerate(plan.seq_ids):
             if token_ids[i] >= 0 and seq_id in self.bad_rows:
                 token_ids[i], errors[seq_id] = -1, "no distribution"
+                self.tokens[seq_id].append(0)  # a step planned ahead computes it
             elif token_ids[i] >= 0:
                 self.tokens[seq_id].append(token_ids[i])
         self.bad_rows = set()
         return StepResult(token_ids, errors=errors)
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Carry it out now; say what came of it when asked, as a GPU does."""
+        if self.broken:  # it can only fail as well
+            self.plans.append(plan)
+            return partial(self.report, RuntimeError("broken before"))
+        try:
+            result = self.execute(plan)
+            return lambda: result
+        except Exception as error:
+            self.broken = True
+            return partial(self.report, error)
+
+    def report(self, error: Exception) -> StepResult:
+        self.broken = False
+        raise error
 
     def close(self) -> None:
         self.closed = True
@@ -163,6 +183,7 @@ class Rig:
         max_model_len: int = 8192,
         eos_token_ids: tuple[int, ...] = (),
         seed: int = 0,
+        ahead: bool = False,
         **settings: object,
     ) -> None:
         self.now_s = 0.0
@@ -180,6 +201,7 @@ class Rig:
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
             seed=seed,
+            ahead=self.executor if ahead else None,
         )
 
     def add(self, prompt: list[int], max_tokens: int | None = 16, **options: object) -> Sequence:
@@ -210,7 +232,7 @@ class Rig:
         for _ in range(max_steps):
             if not self.engine.has_unfinished:
                 return
-            assert self.step(), "unfinished work, and nobody advances"
+            assert self.step() or self.engine.ahead, "unfinished work, and nobody advances"
         raise AssertionError(f"not done after {max_steps} steps")
 
     def said(self, *kinds: str) -> list[tuple[str, int, str]]:

@@ -248,13 +248,35 @@ def test_the_evict_hook_sees_the_idle_blocks_in_order_and_chooses():
 # Taking hashes back
 
 
-def test_forget_takes_back_the_hashes_from_a_token_on():
+def test_forget_takes_back_the_hashes_of_a_step_that_failed():
     blocks, seq = manager(), make_seq([1] * 12)
-    fill(blocks, seq)
-    blocks.forget(seq, 7)  # the step that failed began in block 1
+    blocks.allocate(seq, 12)
+    assert [block.block_id for block in blocks.cache_full_blocks(seq, 7)] == [0]
+    hashed = blocks.cache_full_blocks(seq, 12)
+    assert [block.block_id for block in hashed] == [1, 2]
+    blocks.forget(hashed)
     assert matched(blocks, make_seq([1] * 12, 1)) == [0]
     blocks.release(seq)
     assert (list(blocks.free), list(blocks.idle)) == ([3, 4, 5, 6, 7, 2, 1], [0])
+
+
+def test_forget_frees_blocks_that_only_the_cache_held():
+    blocks, seq = manager(), make_seq([1] * 8)
+    blocks.allocate(seq, 8)
+    hashed = blocks.cache_full_blocks(seq, 8)
+    blocks.release(seq)  # aborted before the step failed
+    assert list(blocks.idle) == [1, 0]
+    blocks.forget(hashed)
+    assert (list(blocks.free), list(blocks.idle)) == ([2, 3, 4, 5, 6, 7, 0, 1], [])
+
+
+def test_only_known_tokens_fill_a_block():
+    blocks, seq = manager(), make_seq([1] * 7)
+    blocks.allocate(seq, 8)
+    seq.num_tokens = 8  # the last is awaited
+    assert [block.block_id for block in blocks.cache_full_blocks(seq, 8)] == [0]
+    seq.token_ids.append(1)
+    assert [block.block_id for block in blocks.cache_full_blocks(seq, 8)] == [1]
 
 
 def test_reset_prefix_cache_forgets_all_and_leaves_blocks_in_use():

@@ -260,3 +260,59 @@ def test_every_decision_is_an_event_of_the_step_in_which_it_was_made():
         (1.5, 2, "finished", "length", {"output_tokens": 2}),
     ]
     assert [plan.step for plan in rig.executor.plans] == [1, 2]
+
+
+# A step ahead of the results
+
+
+def test_ahead_a_step_is_planned_before_the_last_one_is_known():
+    rig = Rig(ahead=True)
+    seq = rig.add([1, 2, 3], max_tokens=3)
+    seen = []
+    while rig.engine.has_unfinished:
+        seen.append((rig.step(), len(rig.engine.under_way), seq.output_token_ids))
+    assert seen == [
+        ({0: 3}, 1, []),
+        ({0: 1}, 1, [7]),
+        ({0: 1}, 1, [7, 7]),
+        ({}, 0, [7, 7, 7]),  # its length is known: no row is wasted
+    ]
+
+
+def test_ahead_a_stop_found_late_wastes_one_row_and_shows_nothing_of_it():
+    tokens = [5, 6, 4, 8, 9]
+    rig = Rig(ahead=True, sample=lambda known: tokens[len(known) - 2], eos_token_ids=(4,))
+    seq = rig.add([1, 2], max_tokens=9)
+    rig.run()
+    assert (seq.output_token_ids, seq.finish_reason) == ([5, 6, 4], "stop")
+    assert [plan.num_scheduled_tokens for plan in rig.executor.plans] == [[2], [1], [1], [1]]
+    assert rig.engine.get_metrics()["generation_tokens_total"] == 3
+    assert rig.blocks.num_available == 64
+
+
+def test_ahead_who_is_preempted_while_its_token_is_under_way_keeps_that_token():
+    rig = Rig(5, 2, ahead=True, sample=lambda known: len(known))
+    first, second = rig.add([1, 2, 3], max_tokens=6), rig.add([1, 2], max_tokens=6)
+    rig.run()
+    assert second.num_preemptions > 0
+    assert (first.output_token_ids, second.output_token_ids) == (
+        [3, 4, 5, 6, 7, 8],
+        [2, 3, 4, 5, 6, 7],
+    )
+
+
+def test_ahead_a_failure_ends_the_sequences_of_all_steps_under_way(caplog):
+    rig = Rig(ahead=True)
+    first = rig.add([1, 2, 3, 4])
+    rig.executor.failures = [RuntimeError("out of luck")]
+    rig.step()
+    second = rig.add([5, 6])
+    rig.step()
+    assert [(seq.finish_reason, seq.stop_reason) for seq in (first, second)] == [
+        ("error", "RuntimeError: out of luck")
+    ] * 2
+    assert (rig.blocks.cached, rig.blocks.num_available) == ({}, 64)
+    assert not rig.engine.has_unfinished
+    third = rig.add([1, 2, 3, 4], max_tokens=2)
+    rig.run()
+    assert third.output_token_ids == [7, 7]

@@ -534,7 +534,7 @@ def test_a_failed_step_ends_its_sequences_and_unhashes_what_it_was_to_store():
     rig.add(distinct(1, 4))
     plan = rig.scheduler.schedule()
     assert (plan.seq_ids, plan.num_scheduled_tokens) == ([0], [8])
-    failed = rig.scheduler.fail(plan, "broken")
+    failed = rig.scheduler.fail("broken")
     assert [(seq.seq_id, seq.finish_reason, seq.stop_reason) for seq in failed] == [
         (0, "error", "broken")
     ]
@@ -548,7 +548,8 @@ def test_a_failed_step_also_unhashes_what_a_twin_shared():
     rig = Rig()
     for _ in range(2):
         rig.add(distinct(0, 8))
-    rig.scheduler.fail(rig.scheduler.schedule(), "broken")
+    rig.scheduler.schedule()
+    rig.scheduler.fail("broken")
     assert (rig.blocks.cached, rig.blocks.num_available) == ({}, 64)
 
 
@@ -601,12 +602,17 @@ def test_prompt_logprobs_are_kept_though_the_same_step_ends_the_sequence():
 
 
 def test_prompt_logprobs_computed_anew_are_kept_once():
-    rig = Rig()
+    rig = Rig(max_num_batched_tokens=2)
     seq = rig.add([1, 2, 3, 4], prompt_logprobs=0)
-    rig.scheduler.schedule()
-    for positions in ((1, 2), (1,), (2, 3)):
+
+    def compute(*positions: int) -> None:
         found = {0: {position: entry(1 + position) for position in positions}}
-        rig.scheduler.update(StepPlan(1), StepResult([], prompt_logprobs=found))
+        rig.scheduler.update(rig.scheduler.schedule(), StepResult([-1], prompt_logprobs=found))
+
+    compute(1, 2)
+    rig.scheduler._preempt(seq, seq, "as if blocks had run out")
+    compute(1, 2)
+    compute(3)
     assert seq.prompt_logprobs == {1: entry(2), 2: entry(3), 3: entry(4)}
 
 

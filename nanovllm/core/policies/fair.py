@@ -47,7 +47,7 @@ class FairShare(Ordered):
     def served(self, rows: Iterable[tuple[SequenceView, int]]) -> None:
         for seq, num_tokens in rows:
             self._start(seq)
-            samples = seq.num_computed_tokens == seq.num_tokens
+            samples = seq.num_awaited > 0
             cost = num_tokens + (self.output_weight - 1 if samples else 0)
             self.served_tokens[seq.terms.tenant] += cost
 
