@@ -1,7 +1,7 @@
 """AsyncLLM: the engine in a thread of its own, for use from asyncio.
 
 event loop                                    engine thread
-  prepare (tokenizer thread)
+  prepare (tokenizer, forms)
   generate ──▶ commands: submit, abort ──────▶ between two steps
                                                step
   Stream   ◀── one call a step and loop ────── outputs of what advanced
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,6 +29,7 @@ from nanovllm.errors import (
     RequestFailedError,
 )
 from nanovllm.llm import build
+from nanovllm.models.checkpoint import locate
 from nanovllm.outputs import RequestOutput, merged
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text_engine import Prompt, Request, TextEngine
@@ -45,7 +46,7 @@ class Observer(Protocol):
         """After each step: the sequences that got a token or ended in it."""
 
     def aborted(self, sequences: list[Sequence]) -> None:
-        """Sequences ended by an abort."""
+        """Sequences ended between steps, by an abort or, as finish_reason says, an error."""
 
 
 class Stream:
@@ -137,6 +138,7 @@ class AsyncLLM:
         self._thread = Thread(target=self._run, args=(started, observe), name="engine", daemon=True)
         self._thread.start()
         self.engine, self.observer = started.result()
+        self._vocabulary = self._compiling.submit(self._load_vocabulary)
 
     async def generate(
         self,
@@ -167,9 +169,28 @@ class AsyncLLM:
     async def prepare(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
     ) -> Request:
-        """Check and tokenize a request, for `run`; see TextEngine.prepare."""
-        parts = prompt, sampling_params or SamplingParams(), priority
-        return await self.in_background(self.engine.prepare, *parts)
+        """Check and tokenize a request, for `run`; see TextEngine.prepare. One whose output must
+        have a form, which may take seconds to check, holds up no others."""
+        params = sampling_params or SamplingParams()
+        if getattr(params, "structured_outputs", None) is None:
+            return await self.in_background(self.engine.prepare, prompt, params, priority)
+        call = partial(self._prepare_form, prompt, params, priority)
+        self.check_health()
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, call)
+
+    def _prepare_form(self, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
+        self._vocabulary.result()
+        return self.engine.prepare(prompt, params, priority)
+
+    def _load_vocabulary(self) -> None:
+        """Load what forms need in this process. Nothing else runs meanwhile, so the first request
+        with a form is too late for it."""
+        if self.engine.tokenizer is not None:
+            with suppress(Exception):  # a form that comes will find out
+                from nanovllm.worker.grammar import vocabulary_at
+
+                path = locate(self.config.tokenizer or self.config.model)
+                vocabulary_at(path, self.engine.vocab_size)
 
     async def in_background(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the tokenizer's thread, so that a long text stops nobody."""
@@ -307,18 +328,19 @@ class AsyncLLM:
     def _fail(self, stream: Stream, error: Exception) -> None:
         """End a request on whose account something raised; the others go on."""
         logger.error("a request failed", exc_info=error)
+        why = f"{type(error).__name__}: {error}"
         self._streams.pop(stream.request, None)
-        self._end(stream.request)
-        failure = RequestFailedError(f"the request failed: {type(error).__name__}: {error}")
-        self._send([(stream, failure)], stream.loop)
+        self._end(stream.request, "error", why)
+        self._send([(stream, RequestFailedError(f"the request failed: {why}"))], stream.loop)
 
     def _abort(self, request: Request) -> None:
         self._end(request)
         self._publish([request])
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, reason: str = "abort", why: str | None = None) -> None:
         running = [seq for seq in request.sequences if seq.finish_reason is None]
-        self.engine.abort(request)
+        self.engine.core.finish(running, reason, why)
+        self.engine.abort(request)  # forgets it
         if self.observer and running:
             self.observer.aborted(running)
 

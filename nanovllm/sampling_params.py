@@ -39,7 +39,8 @@ class SamplingParams:
         stop: strings that end the output; the text is cut before them unless
             include_stop_str_in_output.
         stop_token_ids: tokens that end the output. ignore_eos: the model's own end is no end.
-        max_tokens: None generates until max_model_len. min_tokens: no stop before so many.
+        max_tokens: None generates until max_model_len. min_tokens: no stop before so many, but
+            for structured_outputs that are complete.
         logprobs: report so many likeliest tokens at each position and the sampled one, from the
             model's own distribution (before penalties and temperature); -1: the whole
             vocabulary. prompt_logprobs: the same for the prompt.

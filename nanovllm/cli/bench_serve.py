@@ -63,7 +63,8 @@ class ServeBench:
         dataset_name: random draws lengths and arrivals, trace replays those of a file. No request
             shares tokens with another but as they say.
         dataset_path: the trace: JSON lines of arrival_s, prompt_tokens, output_tokens (and
-            prefix_id, prefix_tokens, priority), JSON lines of Mooncake, or a CSV of Azure.
+            prefix_id, prefix_tokens, priority, tenant, ttft_target_ms, tpot_target_ms), JSON lines
+            of Mooncake, or a CSV of Azure.
         trace_speed: how much faster than recorded a trace is replayed.
         num_prompts: requests; of a trace, the first ones.
         vocab_size: token ids are drawn below it (and not below 1000, if there are twice as many):
@@ -353,6 +354,11 @@ def fields_of(bench: ServeBench, request: TraceRequest, name: str) -> dict[str, 
         for token_id in draw_ids(f"{bench.seed} {piece}", size, bench.vocab_size)
     ]
     fields: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
+    if request.tenant:
+        fields["user"] = request.tenant
+    for name in ("ttft", "tpot"):
+        if (target_s := getattr(request, f"{name}_target_s")) is not None:
+            fields[f"{name}_target_ms"] = 1000 * target_s
     if bench.backend == "openai-chat":
         words = COMMON_WORDS.split()
         content = " ".join(words[token_id % len(words)] for token_id in token_ids)

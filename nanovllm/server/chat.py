@@ -175,7 +175,7 @@ async def chat_job(service: Service, body: ChatCompletionRequest) -> Job:
         add_special_tokens=body.add_special_tokens,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    fields = {"prompt": text, "prompt_token_ids": token_ids, "cache_salt": body.cache_salt}
+    fields = body.prompt_fields() | {"prompt": text, "prompt_token_ids": token_ids}
     request = await engine.llm.prepare(fields, params, body.priority)
     service.check_room(limit, len(token_ids), max_tokens)
     name = service.config.tool_call_parser

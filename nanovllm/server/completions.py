@@ -1,11 +1,13 @@
 """/v1/completions."""
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from nanovllm.outputs import CompletionOutput, Logprobs, RequestOutput
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.protocol import CompletionRequest
 from nanovllm.server.respond import Job, Json, new_id
 from nanovllm.server.service import Service
@@ -94,6 +96,16 @@ class CompletionForm:
         return shown
 
 
+class EchoJob(Job):
+    """Prompts and nothing after them; the engine samples a token, which is not shown."""
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        async with aclosing(super().outputs()) as outputs:
+            async for index, output in outputs:
+                samples = [replace(one, text="", token_ids=[]) for one in output.outputs]
+                yield index, replace(output, outputs=samples)
+
+
 def show_prompt_logprobs(output: RequestOutput) -> list[Any]:
     """vLLM's form: for each prompt token a dictionary by token id; None for the first."""
     return [
@@ -118,15 +130,24 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
     """
     engine, model = service.engine, service.check_model(body.model)
     service.check_logprobs(logprobs=body.logprobs, prompt_logprobs=body.prompt_logprobs)
-    params = body.sampling_params(
-        engine.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs
-    )
+    echo_alone = bool(body.echo) and body.max_tokens == 0
+    most = 1 if echo_alone else body.max_tokens
+    params = body.sampling_params(engine.defaults, max_tokens=most, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         params = replace(params, prompt_logprobs=body.logprobs)
+    if echo_alone:  # no rule of sampling matters
+        params = SamplingParams(
+            n=params.n,
+            temperature=0,
+            max_tokens=1,
+            ignore_eos=True,
+            prompt_logprobs=params.prompt_logprobs,
+            output_kind=params.output_kind,
+        )
     several = isinstance(body.prompt, list) and not all(type(item) is int for item in body.prompt)
     requests = []
     for prompt in body.prompt if several else [body.prompt]:
-        fields: dict[str, Any] = {"prompt_token_ids": prompt, "cache_salt": body.cache_salt}
+        fields = body.prompt_fields() | {"prompt_token_ids": prompt}
         if isinstance(prompt, str):
             ids = await engine.encode(prompt, add_special_tokens=body.add_special_tokens)
             fields |= {"prompt": prompt, "prompt_token_ids": ids}
@@ -136,4 +157,5 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
     if body.echo:
         echo = [r.prompt or engine.decode(r.prompt_token_ids) for r in requests]
     form = CompletionForm(body, engine.decode, echo)
-    return Job(engine.llm, requests, form, model, new_id("cmpl"))
+    kind = EchoJob if echo_alone else Job
+    return kind(engine.llm, requests, form, model, new_id("cmpl"))

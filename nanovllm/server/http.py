@@ -1,4 +1,5 @@
-"""Limits on a request before it is one: what uvicorn's parser may collect, and how long it takes.
+"""Limits on a request before it is one: how many connections there may be, what uvicorn's parser
+may collect, and how long it takes.
 
     bytes ─▶ data_received ─▶ httptools ─▶ on_message_begin, on_url, on_header ... ─▶ the app
               counts what no callback            count a head's size,
@@ -11,13 +12,22 @@ import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from nanovllm.server.guard import RETRY_AFTER_S, reply
 from nanovllm.server.replies import error_json
 
 
+async def too_many(scope: Scope, receive: Receive, send: Send) -> None:
+    """The app of a connection past the cap: nothing is read for it, and it closes."""
+    headers = [(b"retry-after", b"%d" % RETRY_AFTER_S), (b"connection", b"close")]
+    await reply(send, 503, "too many connections: try again later", headers)
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """A connection that answers 431 and 408 and closes; give the class to `uvicorn.Config(http=)`.
+    """A connection that answers 503, 431 and 408 and closes; give the class to
+    `uvicorn.Config(http=)`. Past limit_concurrency a new one gets a 503; those before it go on.
 
     Attributes:
         max_head_bytes: of a request's target, header lines and trailers. A line that does not end
@@ -44,6 +54,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn's 503 is no JSON
+        if most is not None and len(self.connections) >= most:
+            self.logger.warning("connection %d gets a 503", len(self.connections))
+            self.app = too_many
         self._set_timer(self.header_timeout_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:

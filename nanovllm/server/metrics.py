@@ -91,12 +91,12 @@ class Metrics:
     request that its client gave up is counted and not timed: it says nothing about the server.
 
     Args:
-        model_name: the label of every series.
+        model_name, engine: labels of every series; the second tells replicas of a model apart.
         core: the engine that is watched; times are on its clock.
     """
 
-    def __init__(self, model_name: str, core: EngineCore) -> None:
-        self.model_name, self.core = model_name, core
+    def __init__(self, model_name: str, core: EngineCore, engine: str = "0") -> None:
+        self.labels, self.core = {"model_name": model_name, "engine": engine}, core
         self.ended = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self.histograms = {
             name: Histogram(b for b in bounds if bounds is not TOKENS or b <= core.max_num_tokens)
@@ -140,9 +140,11 @@ class Metrics:
             self._observe_requests(ended)
 
     def aborted(self, sequences: list[Sequence]) -> None:
-        """These ended because nobody wants them any more; each is named once."""
-        self.ended["abort"] += len(sequences)
+        """These ended between steps: nobody wants them any more, or an error came up on their
+        account. Each is named once."""
         for seq in sequences:
+            assert seq.finish_reason is not None
+            self.ended[seq.finish_reason] += 1
             self.last_token_s.pop(seq.seq_id, None)
             self.samples.pop(seq.seq_id - seq.index, None)
 
@@ -152,24 +154,25 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks of a collector."""
-        labels, values, blocks = ["model_name"], self.core.get_metrics(), self.core.scheduler.blocks
+        names, own = [*self.labels], [*self.labels.values()]
+        values, blocks = self.core.get_metrics(), self.core.scheduler.blocks
         for name, what in READINGS.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            reading = family(f"vllm:{name}", what, labels=labels)
-            reading.add_metric([self.model_name], values[name])
+            reading = family(f"vllm:{name}", what, labels=names)
+            reading.add_metric(own, values[name])
             yield reading
         what = "Requests that ended, and why."
         success = CounterMetricFamily(
-            "vllm:request_success", what, labels=[*labels, "finished_reason"]
+            "vllm:request_success", what, labels=[*names, "finished_reason"]
         )
         for reason, count in self.ended.items():
-            success.add_metric([self.model_name, reason], count)
+            success.add_metric([*own, reason], count)
         yield success
         for name, histogram in self.histograms.items():
-            metric = HistogramMetricFamily(f"vllm:{name}", HISTOGRAMS[name][0], labels=labels)
+            metric = HistogramMetricFamily(f"vllm:{name}", HISTOGRAMS[name][0], labels=names)
             ends = map(floatToGoString, (*histogram.bounds, float("inf")))
             buckets = list(zip(ends, accumulate(histogram.counts), strict=True))
-            metric.add_metric([self.model_name], buckets, histogram.sum)
+            metric.add_metric(own, buckets, histogram.sum)
             yield metric
         settings = {
             "block_size": blocks.block_size,
@@ -177,8 +180,8 @@ class Metrics:
             "enable_prefix_caching": blocks.enable_prefix_caching,
         }
         what = "Settings of the KV cache, as labels."
-        info = GaugeMetricFamily("vllm:cache_config_info", what, labels=[*labels, *settings])
-        info.add_metric([self.model_name, *map(str, settings.values())], 1)
+        info = GaugeMetricFamily("vllm:cache_config_info", what, labels=[*names, *settings])
+        info.add_metric([*own, *map(str, settings.values())], 1)
         yield info
 
     def _observe(self, name: str, value: float | None) -> None:

@@ -11,13 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.structured_outputs import StructuredOutputsParams
+from nanovllm.terms import MOST_MS
 
 MAX_PROMPTS = 1024  # in one request
 MAX_N = 128
 MAX_WORDS = 64  # stop strings, bad words
 MAX_WORD_LENGTH = 256  # characters in one of them
 MAX_BIASES = 1024
-MAX_SALT_LENGTH = 256
+MAX_SALT_LENGTH = MAX_TENANT_LENGTH = 256
 
 MAX_LISTED_IDS = 2**19  # no vocabulary is larger
 
@@ -36,6 +37,8 @@ Words = Annotated[
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 ListedIds = Annotated[list[int], Field(max_length=MAX_LISTED_IDS, fail_fast=True)]
 Biases = Annotated[dict[str, float], Field(max_length=MAX_BIASES), BeforeValidator(refuse_many)]
+Tenant = Annotated[str, Field(max_length=MAX_TENANT_LENGTH)]
+TargetMs = Annotated[float, Field(gt=0, le=MOST_MS)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 # names that SamplingParams has too, and means the same by
 SAMPLING_FIELDS = (
@@ -107,6 +110,10 @@ class SamplingBody(Body):
     structured_outputs: dict[str, Any] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
+    user: Tenant | None = None
+    safety_identifier: Tenant | None = None
+    ttft_target_ms: TargetMs | None = None
+    tpot_target_ms: TargetMs | None = None
     return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -138,6 +145,15 @@ class SamplingBody(Body):
             structured_outputs=form or self.output_form(),
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
         )
+
+    def prompt_fields(self) -> dict[str, Any]:
+        """What a prompt brings beside its tokens; see text_engine.Prompt."""
+        return {
+            "cache_salt": self.cache_salt,
+            "tenant": self.safety_identifier or self.user,  # OpenAI's name today, and before
+            "ttft_target_ms": self.ttft_target_ms,
+            "tpot_target_ms": self.tpot_target_ms,
+        }
 
     def logit_biases(self) -> dict[int, float] | None:
         """JSON's keys are strings; these are to be token ids."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,12 @@ from nanovllm.errors import RequestFailedError
 from nanovllm.grammar import compiled, one_line, start, vocabulary
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.worker.inputs import Array
+
+
+@lru_cache(maxsize=4)
+def vocabulary_at(path: Path, vocab_size: int) -> LLTokenizer:
+    """The tokens of the tokenizer there; see grammar.vocabulary."""
+    return vocabulary(Tokenizer(path), vocab_size)
 
 
 @dataclass(slots=True)
@@ -36,7 +42,7 @@ class Grammars:
     """A matcher for each sequence with structured_outputs that a rank holds.
 
     Args:
-        path: of the tokenizer; it is read when the first of them comes.
+        path: of the tokenizer; see `vocabulary_at`.
         eos_token_ids: the model's own ends. They, and a sequence's stop_token_ids, may be sampled
             when the output is complete, and only then.
         vocab_size: of the model.
@@ -51,9 +57,9 @@ class Grammars:
         self.progress: dict[int, Progress] = {}
         self.beginning = lru_cache(maxsize=16)(lambda spec: start(compiled(spec), self.vocabulary))
 
-    @cached_property
+    @property
     def vocabulary(self) -> LLTokenizer:
-        return vocabulary(Tokenizer(self.path), self.vocab_size)
+        return vocabulary_at(self.path, self.vocab_size)
 
     def restrict(self, logits_V: Tensor, seq: NewSequence, token_ids: Array) -> None:
         """Rule out, in place, what the form does not allow next.
@@ -81,12 +87,14 @@ class Grammars:
         allowed_V &= not at.ended
         allowed_V[ends] = at.ended or complete
         if num_output < seq.params.min_tokens:
-            allowed_V[seq.stop_token_ids] = False
+            going_on_V = allowed_V.copy()
+            going_on_V[seq.stop_token_ids] = False
+            if going_on_V.any():  # else it ends early: nothing may follow a complete output
+                allowed_V = going_on_V
         if not allowed_V.any():
             why = "no token continues the output"
             if complete:
-                why = f"the output is complete after {num_output} tokens, and has no way to end: "
-                why += f"min_tokens={seq.params.min_tokens}, stop_token_ids={seq.stop_token_ids}"
+                why = f"the output is complete after {num_output} tokens, and the model has no end"
             raise RequestFailedError(f"structured_outputs: {why}")
         logits_V.masked_fill_(~torch.from_numpy(allowed_V).to(logits_V.device), -torch.inf)
 

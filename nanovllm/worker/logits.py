@@ -52,7 +52,7 @@ def adjust(logits_V: Tensor, seq: NewSequence, token_ids: Array) -> None:
     for *start, last in params.bad_words_token_ids:
         if len(start) <= len(output) and start == output[len(output) - len(start) :].tolist():
             logits_V[last] = -torch.inf
-    if len(output) < params.min_tokens:
+    if len(output) < params.min_tokens and params.structured_outputs is None:  # a form knows itself
         logits_V[seq.stop_token_ids] = -torch.inf
     for token_id, bias in (params.logit_bias or {}).items():
         logits_V[token_id] += max(-100.0, min(100.0, bias))

@@ -140,12 +140,16 @@ def test_a_trace_is_replayed_with_what_its_prompts_share(tmp_path):
     assert found["start_times"][1] - found["start_times"][0] >= 0.009
 
 
-def test_a_request_of_a_trace_keeps_its_priority(tmp_path):
-    file = tmp_path / "trace.jsonl"
-    file.write_text('{"arrival_s": 1, "prompt_tokens": 2, "output_tokens": 1, "priority": 3}\n')
+def test_requests_of_a_trace_keep_their_terms(tmp_path):
+    file, one = tmp_path / "trace.jsonl", {"prompt_tokens": 2, "output_tokens": 1}
+    terms = {"priority": 3, "ttft_target_ms": 250, "tpot_target_ms": 62.5}
+    rows = [{"arrival_s": 1, **one, **terms, "tenant": "a"}, {"arrival_s": 1.001, **one}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serving(complete) as fake:
         bench(fake, f"--dataset-name trace --dataset-path {file}", tmp_path)
-    assert fake.bodies[0]["priority"] == 3
+    sent, bare = sorted(fake.bodies, key=len, reverse=True)
+    assert {name: sent[name] for name in (*terms, "user")} == terms | {"user": "a"}
+    assert not bare.keys() & {*terms, "user"}
 
 
 # When

@@ -73,7 +73,7 @@ def test_a_body_from_a_file(served: Served, tmp_path: Path) -> None:
 
 def test_a_long_body_that_asks_to_go_on(served: Served, tmp_path: Path) -> None:
     file = tmp_path / "body.json"
-    file.write_text(json.dumps({**BODY, "user": "x" * 2**21}), encoding="utf-8")
+    file.write_text(json.dumps({**BODY, "padding": "x" * 2**21}), encoding="utf-8")
     words = ["-v", "-H", "Expect: 100-continue", "--expect100-timeout", str(LIMIT_S)]
     status, _ = curl(served, *words, *AUTHORIZATION, *JSON, "-d", f"@{file}")
     assert status == 200

@@ -106,6 +106,54 @@ def test_echo_and_logprobs(client: OpenAI) -> None:
         assert top[token] == logprob
 
 
+ECHO: dict[str, Any] = {"model": MODEL, "echo": True, "max_tokens": 0}  # as harnesses score texts
+
+
+def test_echo_alone_scores_a_prompt(client: OpenAI) -> None:
+    answer = client.completions.create(prompt=PROMPT, logprobs=1, **ECHO)
+    longer = client.completions.create(prompt=PROMPT, logprobs=1, **{**ECHO, "max_tokens": 1})
+    [choice], [more] = answer.choices, longer.choices
+    assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+    shown, known = choice.logprobs, more.logprobs
+    assert shown is not None and shown.token_logprobs is not None and known is not None
+    assert shown.tokens == ["The", " capital", " of", " France", " is"]
+    assert shown.text_offset == [0, 3, 11, 14, 21]
+    assert shown.token_logprobs[0] is None and None not in shown.token_logprobs[1:]
+    assert shown.token_logprobs == (known.token_logprobs or [])[:-1]
+    assert shown.top_logprobs == (known.top_logprobs or [])[:-1]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 0)
+    assert answer.usage.total_tokens == 5
+
+
+@pytest.mark.parametrize("prompt", [["Paris", PROMPT], [[PARIS], PROMPT_IDS]], ids=["text", "ids"])
+def test_echo_alone_scores_a_batch(client: OpenAI, prompt: Any) -> None:
+    [alone] = client.completions.create(prompt=PROMPT, logprobs=1, **ECHO).choices
+    answer = client.completions.create(prompt=prompt, logprobs=1, n=2, **ECHO)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices[2:]:
+        assert (choice.text, choice.logprobs) == (PROMPT, alone.logprobs)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 0)
+
+
+def test_echo_alone_streams_and_needs_no_logprobs(client: OpenAI) -> None:
+    options = {"include_usage": True}
+    for logprobs in (None, 1):
+        [whole] = client.completions.create(prompt=PROMPT, logprobs=logprobs, **ECHO).choices
+        chunk, last = client.completions.create(
+            prompt=PROMPT, logprobs=logprobs, stream=True, stream_options=options, **ECHO
+        )
+        assert chunk.choices == [whole]
+        assert last.usage is not None and last.usage.completion_tokens == 0
+
+
+def test_no_tokens_without_echo_are_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(prompt=PROMPT, model=MODEL, max_tokens=0)
+    assert refused.value.param == "max_tokens"
+
+
 def test_logprobs_0_are_those_of_the_tokens(client: OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=2, temperature=0, logprobs=0

@@ -57,6 +57,12 @@ def chat(client: OpenAI, **fields: Any) -> ChatCompletion:
 # Structured outputs
 
 
+def test_a_complete_form_ends_the_answer_before_min_tokens(client: OpenAI) -> None:
+    extra = {"structured_outputs": {"choice": ["Paris"]}, "min_tokens": 9}
+    [choice] = chat(client, extra_body=extra).choices
+    assert (choice.message.content, choice.finish_reason) == ("Paris", "stop")
+
+
 def test_a_pydantic_model_is_parsed(client: OpenAI) -> None:
     answer = client.chat.completions.parse(**asked(response_format=City))
     assert isinstance(answer.choices[0].message.parsed, City)

@@ -22,10 +22,13 @@ from nanovllm.errors import (
     ModelLoadError,
     QueueFullError,
 )
+from nanovllm.grammar import vocabulary_of
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, RequestTiming
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.text_engine import Request
+from nanovllm.worker.grammar import vocabulary_at
 from tests.llm.helpers import assert_idle, greedy, make_ids, tokens_of
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
@@ -636,6 +639,35 @@ def test_an_observer_hears_of_each_step_and_abort(tiny: Path) -> None:
         del left
 
 
+# Forms
+
+
+def form(choice: str) -> SamplingParams:
+    return greedy(4, structured_outputs=StructuredOutputsParams(choice=[choice]), ignore_eos=False)
+
+
+def test_a_form_is_checked_beside_the_tokenizer(engine: AsyncLLM) -> None:
+    async def main() -> None:
+        checked = asyncio.create_task(engine.prepare("a", form("checked beside")))
+        await asyncio.sleep(0)  # it begins: a process is started for it
+        await engine.prepare("a")
+        assert not checked.done()
+        await checked
+
+    asyncio.run(main())
+
+
+def test_what_forms_need_is_there_before_the_first_comes(engine: AsyncLLM) -> None:
+    async def main() -> list[RequestOutput]:
+        before = vocabulary_of.cache_info().misses, vocabulary_at.cache_info().misses
+        outputs = await read(engine, "a", form("no"))
+        assert (vocabulary_of.cache_info().misses, vocabulary_at.cache_info().misses) == before
+        return outputs
+
+    engine._vocabulary.result(LIMIT_S)
+    assert asyncio.run(main())[-1].outputs[0].text == "no"
+
+
 # What is refused before anything begins
 
 
@@ -657,7 +689,8 @@ def test_an_impossible_request_is_not_queued(
     with pytest.raises(InvalidRequestError) as refused:
         asyncio.run(read(engine, prompt, params))
     assert refused.value.field == field
-    assert (engine.num_queued, engine.engine.core.num_added) == (0, num_added)
+    asyncio.run(until(lambda: at_rest(engine)))
+    assert engine.engine.core.num_added == num_added
 
 
 def refuse(engine: object) -> Any:

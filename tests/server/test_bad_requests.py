@@ -290,6 +290,7 @@ def test_12_an_impossible_n_is_400(server, well):
 def test_13_impossible_lengths_are_400(server, well):
     with well.singing():
         refuse_generation(server, "max_tokens", 0, -1, 10**12, 2**63, 1.5, "5", True)
+        refuse(server, COMPLETE, "max_tokens", prompt="x", max_tokens=-1, echo=True)
         refuse(server, CHAT, "max_completion_tokens", max_completion_tokens=10**12)
         refuse_generation(server, "min_tokens", -1, 17, 10**12, 1.5, max_tokens=16)
 
@@ -489,6 +490,14 @@ def test_23_salts_never_share_blocks(server, well):
 
 
 # Who asks
+
+
+def test_impossible_terms_are_400(server, well):
+    with well.singing():
+        for name in ("user", "safety_identifier"):
+            refuse_generation(server, name, 5, "x" * 257, ["x"], True)
+        for name in ("ttft_target_ms", "tpot_target_ms"):
+            refuse_generation(server, name, 0, -1, "5", 1e10, True)
 
 
 def test_24_equal_request_ids_do_not_meet(server, well):

@@ -186,10 +186,14 @@ def test_33_a_tokenizer_that_fails_is_one_500(faulty, faulty_yet_well, stream):
 @pytest.mark.parametrize("prompt", [[5, UNDECODABLE], [5, UNDECODABLE, 6]], ids=["late", "early"])
 def test_33_a_detokenizer_that_fails_is_one_500(faulty, faulty_yet_well, prompt, stream):
     """With the first token, or as soon as it reads the prompt's end."""
+    name, before = "request_success_total", num_aborted(faulty)
+    num_failed = faulty.metric(name, finished_reason="error")
     with faulty_yet_well.singing():
         for _ in range(3):
             response = faulty.post(COMPLETE, prompt=prompt, stream=stream, max_tokens=50)
             assert "the detokenizer failed" in error_of(response, 500)
+    assert faulty.metric(name, finished_reason="error") == num_failed + 3
+    assert num_aborted(faulty) == before
 
 
 @pytest.mark.parametrize("fault", [FAILS, OUT_OF_MEMORY])
@@ -241,6 +245,23 @@ def test_39_a_wall_clock_that_jumps_changes_nothing(faulty, faulty_yet_well):
     names += [f"request_{name}_time" for name in ("queue", "prefill", "decode", "inference")]
     for name in names:
         assert 0 <= faulty.metric(f"{name}_seconds_sum") < HOUR_S / 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_39_a_full_disk_ends_the_recording_and_nothing_else(tiny, tmp_path):
+    log, why = tmp_path / "log", "/dev/full: the recording ends here: [Errno 28]"
+
+    def is_told() -> bool:
+        assert served.post(COMPLETE, prompt="x", max_tokens=4).status_code == 200
+        return why in log.read_text()
+
+    with Served(str(tiny), *SMALL, "--record", "/dev/full", log=log) as served:
+        until(is_told, "it is in the log")
+        well = Canary(served)
+        with well.singing():
+            for _ in range(4):
+                assert served.post(COMPLETE, prompt="x", max_tokens=4).status_code == 200
+    assert log.read_text().count("the recording") == 1
 
 
 # Processes

@@ -49,11 +49,13 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def serve(protocol: type[asyncio.Protocol], app: ASGIApp = echo) -> Iterator[tuple[str, int]]:
+def serve(
+    protocol: type[asyncio.Protocol], app: ASGIApp = echo, **settings: Any
+) -> Iterator[tuple[str, int]]:
     """An address at which uvicorn serves the app."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, ws="none")
-        server = uvicorn.Server(config)
+        settings |= {"lifespan": "off", "log_config": None, "ws": "none"}
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol, **settings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
@@ -299,6 +301,26 @@ def test_a_body_that_never_ends_is_408() -> None:
         response = exchange(address, b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nx")
         assert response.startswith(b"HTTP/1.1 408 ")
         assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["code"] == 408
+
+
+# Too many
+
+
+def test_past_the_cap_requests_are_503_and_told_when_to_come_back() -> None:
+    post = b"POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000
+    with (
+        serve(Leaving, limit_concurrency=2) as address,
+        socket.create_connection(address, timeout=20) as connection,
+    ):
+        connection.sendall(REQUEST % 1)
+        read_until(connection, b"\r\n\r\n/1 ")
+        for request in (REQUEST % 2, REQUEST % 2 + REQUEST % 3, post):
+            response = exchange(address, request)
+            check_error(response, 503)
+            assert b"\r\nretry-after: 5\r\n" in response
+            assert response.count(b"HTTP/1.1") == 1
+        connection.sendall(REQUEST % 4)  # what was there before goes on
+        read_until(connection, b"\r\n\r\n/4 ")
 
 
 # As without limits

@@ -15,6 +15,7 @@ from nanovllm.server.metrics import Metrics
 from tests.core.fakes import Rig
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana.json"
+LABELS = {"model_name": "tiny", "engine": "0"}
 
 TYPES = {
     "vllm:num_requests_running": "gauge",
@@ -69,9 +70,7 @@ class Watched(Rig):
 
     def __getitem__(self, name: str) -> float | tuple[float, float]:
         """The one value of a series without further labels; count and sum of a histogram."""
-        found = {
-            n: value for n, labels, value in self.samples() if labels == {"model_name": "tiny"}
-        }
+        found = {n: value for n, labels, value in self.samples() if labels == LABELS}
         name = f"vllm:{name}"
         return found[name] if name in found else (found[f"{name}_count"], found[f"{name}_sum"])
 
@@ -95,9 +94,9 @@ def test_all_names_are_there_from_the_start_with_their_types_and_at_zero():
     assert types == TYPES
     assert set(re.findall(r"^# HELP (vllm:\S+) \S", text, re.MULTILINE)) == set(TYPES)
     seen = [(name, labels, value) for name, labels, value in rig.samples() if "vllm:" in name]
-    assert all(labels["model_name"] == "tiny" for _, labels, _ in seen)
+    assert all(labels.items() >= LABELS.items() for _, labels, _ in seen)
     settings = {"block_size": "4", "num_gpu_blocks": "64", "enable_prefix_caching": "True"}
-    info = ("vllm:cache_config_info", {"model_name": "tiny", **settings}, 1.0)
+    info = ("vllm:cache_config_info", {**LABELS, **settings}, 1.0)
     assert [entry for entry in seen if entry[2] != 0] == [info]
     assert rig.ended() == {"stop": 0, "length": 0, "abort": 0, "error": 0}
 
@@ -108,10 +107,11 @@ def test_the_process_is_described_too():
     assert process["process_open_fds"] > 2
 
 
-def test_a_name_that_needs_quoting_comes_back_as_it_was():
+def test_labels_that_need_quoting_come_back_as_they_were():
     name = 'C:\\models\\"new"\none'
-    [family, *_] = text_string_to_metric_families(Metrics(name, Rig().engine).render().decode())
-    assert family.samples[0].labels == {"model_name": name}
+    metrics = Metrics(name, Rig().engine, '"1"')
+    [family, *_] = text_string_to_metric_families(metrics.render().decode())
+    assert family.samples[0].labels == {"model_name": name, "engine": '"1"'}
 
 
 def test_the_times_of_one_request():
@@ -232,6 +232,17 @@ def test_a_request_given_up_is_counted_and_not_timed():
     assert rig["request_params_n"] == (1, 1)
 
 
+def test_a_request_that_fails_outside_a_step_is_an_error():
+    rig = Watched()
+    failed, other = rig.add([5] * 3), rig.add([6] * 3)
+    rig.at(1.0)
+    rig.engine.finish([failed], "error", "not a word")
+    rig.metrics.aborted([failed])
+    rig.abort(other)
+    assert rig.ended() == {"stop": 0, "length": 0, "abort": 1, "error": 1}
+    assert (rig.metrics.last_token_s, rig.metrics.samples) == ({}, {})
+
+
 def test_a_step_that_fails_ends_requests_whose_tokens_never_came():
     rig = Watched()
     rig.add([5] * 3)
@@ -305,7 +316,7 @@ def test_another_thread_may_render_while_the_engine_steps():
         text = page.result().decode()
         count, end = (
             float(re.search(rf"^{name}_{part} (\S+)$", text, re.MULTILINE)[1])
-            for part in (r"count\{.*\}", r'bucket\{le="\+Inf".*\}')
+            for part in (r"count\{.*\}", r'bucket\{.*le="\+Inf".*\}')
         )
         assert count == end
         counts.append(count)

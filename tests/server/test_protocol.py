@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nanovllm.core.sequence import Terms
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.protocol import ChatCompletionRequest, CompletionRequest
 from nanovllm.structured_outputs import StructuredOutputsParams
+from nanovllm.terms import terms_of
 
 
 def params(**body: Any) -> SamplingParams:
@@ -42,7 +44,25 @@ def test_null_is_not_given_and_the_models_defaults_stand_in() -> None:
 
 
 def test_what_nobody_knows_is_ignored() -> None:
-    assert params(user="me", store=True, service_tier="auto", nonsense={"a": 1}) == params()
+    assert params(store=True, service_tier="auto", nonsense={"a": 1}) == params()
+
+
+@pytest.mark.parametrize(
+    ("body", "terms"),
+    [
+        ({}, None),
+        ({"user": None, "ttft_target_ms": None}, None),
+        ({"user": "me"}, Terms("me")),
+        ({"user": "me", "safety_identifier": "i"}, Terms("i")),
+        ({"ttft_target_ms": 250, "tpot_target_ms": 62.5}, Terms("", 0.25, 0.0625)),
+    ],
+)
+def test_terms_are_taken_over(body: dict[str, Any], terms: Terms | None) -> None:
+    for request in (
+        CompletionRequest(prompt="Hi", **body),
+        ChatCompletionRequest(messages=[{}], **body),
+    ):
+        assert terms_of(request.prompt_fields()) == terms
 
 
 @pytest.mark.parametrize(
@@ -73,6 +93,14 @@ def test_its_absence_is_no_reason_to_refuse() -> None:
         {"cache_salt": "x" * 257},
         {"cache_salt": 5},
         {"priority": 2**31},
+        {"user": 5},
+        {"user": "x" * 257},
+        {"safety_identifier": "x" * 257},
+        {"ttft_target_ms": 0},
+        {"ttft_target_ms": "5"},
+        {"tpot_target_ms": -1.0},
+        {"tpot_target_ms": 2e9},
+        {"tpot_target_ms": float("inf")},
         {"logit_bias": {"1": "a"}},
         {"stream": "yes"},
         {"prompt": 5},
