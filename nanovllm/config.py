@@ -39,6 +39,8 @@ class EngineConfig:
             "cpu" (oneDNN and Numba) or "reference" (plain torch, any device); the other operations
             come with it.
         enforce_eager: no CUDA graphs.
+        async_scheduling: plan a step while the one before is still computed; None is so on a GPU,
+            unless the engine is recorded or its ranks are reached through Ray.
         tensor_parallel_size: devices that share the model; on a CPU, processes.
         distributed_executor_backend: how these are reached: "mp", processes of this machine, or
             "ray", actors of a Ray cluster.
@@ -73,6 +75,7 @@ class EngineConfig:
     load_format: str = one_of("auto", "safetensors", "gguf", "dummy")
     attention_backend: str = one_of("auto", "triton", "native", "cpu", "reference")
     enforce_eager: bool = False
+    async_scheduling: bool | None = one_of(None, False, True)
     tensor_parallel_size: int = ranged(1, 1, 1024)
     distributed_executor_backend: str = one_of("mp", "ray")
     distributed_timeout_seconds: int = ranged(120, 1, 86_400)
@@ -102,6 +105,11 @@ class EngineConfig:
         if seqs and tokens and tokens < seqs:
             why = f"each of max_num_seqs={seqs} needs a token; the nearest is {seqs}"
             raise ConfigError("max_num_batched_tokens", tokens, why)
+        if self.record is not None or self.distributed_executor_backend == "ray":
+            if self.async_scheduling:
+                why = "goes neither with a recording nor with Ray; the nearest is False"
+                raise ConfigError("async_scheduling", True, why)
+            object.__setattr__(self, "async_scheduling", False)
         if self.quantization == "gguf" and self.load_format == "dummy":
             why = "load_format='dummy' reads no file; the nearest is int8"
             raise ConfigError("quantization", "gguf", why)

@@ -56,7 +56,12 @@ def build(
     limits = config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
     scheduler = Scheduler(blocks, policy, *limits)
     length, ends = config.max_model_len, model.eos_token_ids
-    core = EngineCore(scheduler, executor, length, ends, config.seed)
+    kind: type[EngineCore] = EngineCore
+    if config.async_scheduling or (config.async_scheduling is None and executor.device == "cuda"):
+        from nanovllm.core.ahead import AheadEngine
+
+        kind = AheadEngine
+    core = kind(scheduler, executor, length, ends, config.seed)
     if config.record is not None:
         from nanovllm.recording import Recorder
 

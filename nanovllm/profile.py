@@ -131,7 +131,7 @@ def profile(llm: LLM) -> Iterator[Profile]:
     spent = Profile(partial(synchronized, runner.device) if on_gpu else perf_counter)
     with ExitStack() as undo:
         for owner, name, part in (
-            (runner, "execute", REST),
+            (runner, "submit", REST),
             (runner, "sample", SAMPLING),
             (table, "apply", INPUTS),
             (table, "prepare", INPUTS),

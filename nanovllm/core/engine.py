@@ -1,9 +1,7 @@
 """EngineCore: add, abort, step. The loop that everything else feeds or reads."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Protocol
 
 from nanovllm.core.events import Kind
@@ -23,30 +21,13 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-class AsyncExecutor(Executor, Protocol):
-    """One that may be handed a plan while it is still busy with the one before."""
-
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Begin a step. What is returned waits for its result; to be called in the same order."""
-        ...
-
-
 class EngineCore:
     """Takes requests in as token ids and advances them a step at a time.
 
-    With an AsyncExecutor in `ahead`, a step is planned and begun while the one before it is still
-    under way (asynchronous scheduling): a device need not wait for the scheduler. Tokens are the
-    same; a sequence whose end is seen in a result has a row in one more step, for nothing.
-
-        schedule 1 │ schedule 2 │ update 1 │ schedule 3 │ update 2 │ ...
-                   └─ step 1 ──────┘└─ step 2 ─────────────┘└─ step 3 ...
-
     Args:
-        executor: carries out the plans, each before the next is made.
         max_model_len: tokens that a sequence may have, prompt and output together.
         eos_token_ids: the model's own ends.
         seed: from which requests without a seed get theirs.
-        ahead: the executor, if it is to be handed each plan before the last one's result is in.
     """
 
     def __init__(
@@ -56,10 +37,7 @@ class EngineCore:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         seed: int = 0,
-        ahead: AsyncExecutor | None = None,
     ) -> None:
-        self.ahead = ahead
-        self.under_way: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         self.scheduler, self.executor, self.events = scheduler, executor, scheduler.events
         self.eos_token_ids, self.seed = frozenset(eos_token_ids), seed
         limits = [max_model_len, scheduler.blocks.num_blocks * scheduler.blocks.block_size]
@@ -70,7 +48,7 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished or bool(self.under_way)
+        return self.scheduler.has_unfinished
 
     def add(
         self,
@@ -142,27 +120,24 @@ class EngineCore:
         """
         plan = self.scheduler.schedule()
         try:
-            if plan.seq_ids:
-                begin = self.ahead.submit if self.ahead else partial(partial, self.executor.execute)
-                self.under_way.append((plan, begin(plan)))
-            if len(self.under_way) <= (1 if plan.seq_ids and self.ahead else 0):
-                return []
-            plan, wait = self.under_way.popleft()
-            result = wait()
+            done = self.carry_out(plan)
         except EngineDeadError:  # no step can follow
             self.fail("the engine died")
             raise
         except Exception as error:  # the sequences under way end; the engine goes on
-            logger.exception("step %d failed; its %d sequences end", plan.step, len(plan.seq_ids))
+            logger.exception("step %d failed; its sequences end", plan.step)
             return self.fail(f"{type(error).__name__}: {error}")
         except BaseException:  # Ctrl-C: the same, and the caller hears of it
             self.fail("interrupted")
             raise
-        return self.scheduler.update(plan, result)
+        return self.scheduler.update(*done) if done else []
+
+    def carry_out(self, plan: StepPlan) -> tuple[StepPlan, StepResult] | None:
+        """The step whose result is in, if there is one; core/ahead.py has another way."""
+        return (plan, self.executor.execute(plan)) if plan.seq_ids else None
 
     def fail(self, message: str) -> list[Sequence]:
-        """Forget the steps under way; their sequences end with an error and are returned."""
-        self.under_way.clear()
+        """End the sequences of the steps under way with an error, and return them."""
         return self.scheduler.fail(message)
 
     def get_metrics(self) -> dict[str, float]:

@@ -46,8 +46,12 @@ def follow(connection: Connection, memory: int) -> None:
     runner = rank.runner(int(connection.recv_bytes()))
     connection.send_bytes(b"ready")
     decoder = msgspec.msgpack.Decoder(StepPlan)
+    wait = None
     while True:
-        runner.execute(decoder.decode(ring.read()))
+        following = runner.submit(decoder.decode(ring.read()))
+        if wait is not None:
+            wait()  # only now, as the leader may be a step ahead
+        wait = following
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:

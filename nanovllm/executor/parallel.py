@@ -17,8 +17,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Lock, Thread
@@ -52,6 +53,7 @@ class ParallelExecutor:
 
     Attributes:
         num_blocks: blocks in each rank's KV cache: as many as fit at the one with the least.
+        device: the type of the ranks'.
 
     Raises:
         ConfigError: the model cannot be divided by so many.
@@ -77,6 +79,7 @@ class ParallelExecutor:
             self.ring = RingWriter(memory, shape, self.connections)
             os.close(memory)  # each has mapped it, or has a descriptor of its own
             device = rank_device(config, 0)
+            self.device = device.type
             ranks = Ranks(store, 0, size, device, self.timeout_s)
             rank = Rank(config, model, path, ranks)
             self.num_blocks = min([rank.num_blocks, *map(int, self._answers())])
@@ -94,18 +97,35 @@ class ParallelExecutor:
         Raises:
             EngineDeadError: a rank was lost, or failed; no step can follow.
         """
+        return self.submit(plan)()
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step; see core.engine.AsyncExecutor. Raises what `execute` does."""
         if self.dead is not None or self.runner is None:
             raise self.dead or EngineDeadError("the engine is closed")
         self.step_began_s = time.monotonic()
-        try:
+        with self._together():
             self.ring.write(self.encoder.encode(plan), self._wait)
-            return self.runner.execute(plan)
-        except Exception as error:  # the ranks are no longer at the same place
+            return partial(self._result, self.runner.submit(plan))
+
+    def _result(self, wait: Callable[[], StepResult]) -> StepResult:
+        with self._together():
+            result = wait()
+        self.step_began_s = None
+        return result
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """After an error in here the ranks are no longer at the same place."""
+        try:
+            yield
+        except Exception as error:
             self._die(f"a step failed ({type(error).__name__}: {error})")
             assert self.dead is not None
             raise self.dead from error
-        finally:
+        except BaseException:  # Ctrl-C: nobody waits for this step any more
             self.step_began_s = None
+            raise
 
     def close(self) -> None:
         """End the followers and give up the model; closing twice does nothing."""

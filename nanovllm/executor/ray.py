@@ -88,6 +88,7 @@ class RayExecutor:
 
     Attributes:
         num_blocks: blocks in each rank's KV cache: as many as fit at the one with the least.
+        device: the type of the ranks'.
 
     Raises:
         ConfigError: the model cannot be divided by so many, or the cluster has no room.
@@ -115,6 +116,7 @@ class RayExecutor:
         resources: dict[str, float] = ray.cluster_resources()
         on_gpu = resources.get("GPU", 0) > 0 and config.device != "cpu"
         device = "GPU" if on_gpu else "CPU"
+        self.device = "cuda" if on_gpu else "cpu"
         self.group = placement_group([{"CPU": 1.0, device: 1.0}] * size, strategy="PACK")
         try:
             most = int(resources.get(device, 0))

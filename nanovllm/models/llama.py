@@ -121,6 +121,7 @@ class LlamaForCausalLM(Module):
     """
 
     layer_class: type[LlamaLayer] = LlamaLayer
+    recordable = True  # a step is all launches, which do not depend on what was computed
 
     def __init__(self, config: ModelConfig, max_positions: int) -> None:
         super().__init__()

@@ -97,6 +97,7 @@ class Qwen3MoeLayer(Qwen3Layer):
 
 class Qwen3MoeForCausalLM(LlamaForCausalLM):
     layer_class = Qwen3MoeLayer
+    recordable = False  # the host asks which experts were chosen
 
 
 def num_experts(config: ModelConfig) -> int:

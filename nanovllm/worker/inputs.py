@@ -93,3 +93,9 @@ class SequenceTable:
         """A new last token for each row."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+
+
+def upload(values: Any, device: torch.device) -> Tensor:
+    """A tensor on the device, which need not be done with what it was given before."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,5 +1,6 @@
 """ModelRunner: carries out plans on one device."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.kernels import AttentionBatch, Backend, KVCache
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
-from nanovllm.worker.inputs import SequenceTable, StepInputs
+from nanovllm.worker.inputs import SequenceTable, StepInputs, upload
 from nanovllm.worker.sampler import sample
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class ModelRunner:
             config = self.config
             self.grammars = Grammars(self.path, config.eos_token_ids, config.vocab_size)
         inputs = table.prepare(plan)
-        last_R = (inputs.attention.query_starts[inputs.sampled + 1] - 1).to(self.device)
+        last_R = upload(inputs.attention.query_starts[inputs.sampled + 1] - 1, self.device)
         result = StepResult([-1] * len(plan.seq_ids))
         if any(table.sequences[row].params.prompt_logprobs is not None for row in inputs.rows):
             from nanovllm.worker.logprobs import prompt_logprobs
@@ -70,19 +71,29 @@ class ModelRunner:
             self.sample(plan, inputs, hidden_RH, result)
         return result
 
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step; what is returned waits for its result."""
+        result = self.execute(plan)
+        return lambda: result
+
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile what is compiled when first used, so that no request waits for it: one token
-        that is stored nowhere goes through the model."""
-        zero = torch.zeros(1, dtype=torch.int64)
-        tables = AttentionBatch(torch.tensor([0, 1]), zero + 1, zero[None], zero - 1)
-        self.forward(StepInputs(zero, zero, tables, *[zero.numpy()] * 3))
+    def warm_up(self, num_tokens: int = 1) -> None:
+        """Compile what is compiled when first used, so that no request waits for it: tokens that
+        are stored nowhere go through the model."""
+        zero, zeros = torch.zeros(1, dtype=torch.int64), torch.zeros(num_tokens, dtype=torch.int64)
+        tables = torch.zeros(1, -(-num_tokens // self.table.block_size), dtype=torch.int64)
+        batch = AttentionBatch(torch.tensor([0, num_tokens]), zero + num_tokens, tables, zeros - 1)
+        self.forward(StepInputs(zeros, zeros, batch, *[zero.numpy()] * 3))
 
     def forward(self, inputs: StepInputs, rows_R: Tensor | None = None) -> Tensor:
         """Hidden states [T, H] of all tokens of the step, or [R, H] of the rows."""
         ops = self.backend.plan(inputs.attention, self.caches)
-        input_ids, positions = inputs.input_ids.to(self.device), inputs.positions.to(self.device)
-        return self.model(input_ids, positions, ops, rows_R)
+        positions = upload(inputs.positions, self.device)
+        return self.model(self.input_ids(inputs), positions, ops, rows_R)
+
+    def input_ids(self, inputs: StepInputs) -> Tensor:
+        """[T], on the device."""
+        return upload(inputs.input_ids, self.device)
 
     def sample(
         self, plan: StepPlan, inputs: StepInputs, hidden_RH: Tensor, result: StepResult

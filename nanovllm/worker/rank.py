@@ -54,6 +54,10 @@ class Rank:
         if ranks is not None:
             ranks.connect(self.model)
         self.like = torch.empty(0, dtype=dtype, device=self.device)
+        if (
+            self.device.type == "cuda"
+        ):  # what steps and graphs take is theirs; the cache has the rest
+            self.runner(1)
         self.num_blocks = num_kv_blocks(config, self.part, self.like)
 
     def runner(self, num_blocks: int) -> ModelRunner:
@@ -64,7 +68,12 @@ class Rank:
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         words = config.tokenizer if not config.skip_tokenizer_init else None
         parts = self.whole, locate(words) if words else path, self.ranks
-        runner = ModelRunner(self.model, self.backend, caches, table, *parts)
+        what = self.model, self.backend, caches, table, *parts
+        if self.device.type == "cuda" or config.async_scheduling:
+            from nanovllm.worker.gpu_runner import make_runner
+
+            return make_runner(config, *what)
+        runner = ModelRunner(*what)
         runner.warm_up()
         return runner
 

@@ -67,8 +67,13 @@ class Ranks:
 
     def share(self, token_ids: list[int]) -> list[int]:
         """The leader's token ids; of the others only the number counts."""
-        shared = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        return self.broadcast(
+            torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        ).tolist()
+
+    def broadcast(self, token_ids_R: Tensor) -> Tensor:
+        """The leader's, over those of the others."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self.group.broadcast([shared], options).wait()
-        return shared.tolist()
+        self.group.broadcast([token_ids_R], options).wait()
+        return token_ids_R

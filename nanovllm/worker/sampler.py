@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.core.plan import NewSequence, TokenLogprobs
-from nanovllm.worker.inputs import Array
+from nanovllm.worker.inputs import Array, upload
 
 if TYPE_CHECKING:
     from nanovllm.worker.grammar import Grammars
+
+
+IMPOSSIBLE = "no token is possible: all are ruled out, or not numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +46,10 @@ def sample(
         from nanovllm.worker.logits import process  # masks, penalties, top_k and the like
 
         logits_RV = process(logits_RV.clone(), rows, samples.errors, grammars)
-    likeliest_R = argmax(logits_RV)
-    largest_R = logits_RV.gather(1, likeliest_R[:, None])[:, 0]
-    samples.token_ids.extend(likeliest_R.tolist())
-    drawn = [i for i, p in enumerate(params) if not p.greedy]
-    if drawn:
-        numbers = [uniform(params[i].seed or 0, len(rows[i][1])) for i in drawn]
-        temperatures = [params[i].temperature for i in drawn]
-        for i, token_id in zip(drawn, draw(logits_RV[drawn], temperatures, numbers), strict=True):
-            samples.token_ids[i] = token_id
-    for i in (~largest_R.isfinite()).nonzero().flatten().tolist():
-        samples.errors.setdefault(i, "no token is possible: all are ruled out, or not numbers")
+    samples.token_ids.extend(choose(logits_RV, rows).tolist())
+    for i, token_id in enumerate(samples.token_ids):
+        if token_id < 0:
+            samples.errors.setdefault(i, IMPOSSIBLE)
     for i in samples.errors:
         samples.token_ids[i] = -1
     if any(p.logprobs is not None for p in params):
@@ -61,6 +57,24 @@ def sample(
 
         samples.logprobs.update(sampled_logprobs(raw_RV, params, samples.token_ids))
     return samples
+
+
+def choose(logits_RV: Tensor, rows: list[tuple[NewSequence, Array]]) -> Tensor:
+    """The likeliest token of each row, or one that is drawn: [R], where the logits are. -1 if none
+    is possible."""
+    chosen_R = argmax(logits_RV)
+    possible_R = logits_RV.gather(1, chosen_R[:, None])[:, 0].isfinite()
+    drawn = [i for i, (seq, _) in enumerate(rows) if not seq.params.greedy]
+    if drawn:
+        numbers = [uniform(rows[i][0].params.seed or 0, len(rows[i][1])) for i in drawn]
+        temperatures = [rows[i][0].params.temperature for i in drawn]
+        all_drawn = len(drawn) == len(rows)
+        some_RV = logits_RV if all_drawn else logits_RV[drawn]
+        found_R = draw(some_RV, temperatures, numbers)
+        chosen_R = (
+            found_R if all_drawn else chosen_R.index_copy(0, upload(drawn, found_R.device), found_R)
+        )
+    return chosen_R.where(possible_R, -1)
 
 
 def argmax(logits_RV: Tensor) -> Tensor:
@@ -72,12 +86,12 @@ def argmax(logits_RV: Tensor) -> Tensor:
     )
 
 
-def draw(logits_RV: Tensor, temperatures: list[float], numbers: list[float]) -> list[int]:
+def draw(logits_RV: Tensor, temperatures: list[float], numbers: list[float]) -> Tensor:
     """A token for each row: the first whose cumulative probability exceeds the row's number."""
-    temperature_R1, number_R1 = logits_RV.new_tensor([temperatures, numbers])[..., None]
+    temperature_R1, number_R1 = upload([temperatures, numbers], logits_RV.device)[..., None]
     cumulative_RV = (logits_RV / temperature_R1).softmax(-1).cumsum(-1, dtype=torch.float64)
     targets_R1 = number_R1 * cumulative_RV[:, -1:]
-    return torch.searchsorted(cumulative_RV, targets_R1, right=True)[:, 0].tolist()
+    return torch.searchsorted(cumulative_RV, targets_R1, right=True)[:, 0]
 
 
 def uniform(seed: int, position: int) -> float:

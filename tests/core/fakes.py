@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from nanovllm.core.ahead import AheadEngine
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine import EngineCore
 from nanovllm.core.events import Event, EventLog
@@ -195,14 +196,14 @@ class Rig:
         self.executor = FakeExecutor(
             self.blocks.block_size, sample, lambda seq_id: self.salts.get(seq_id, "")
         )
-        self.engine = EngineCore(
+        self.engine = (AheadEngine if ahead else EngineCore)(
             self.scheduler,
             self.executor,
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
             seed=seed,
-            ahead=self.executor if ahead else None,
         )
+        self.ahead = ahead
 
     def add(self, prompt: list[int], max_tokens: int | None = 16, **options: object) -> Sequence:
         """Add a request of one sample. Options go to SamplingParams or EngineCore.add."""
@@ -232,7 +233,7 @@ class Rig:
         for _ in range(max_steps):
             if not self.engine.has_unfinished:
                 return
-            assert self.step() or self.engine.ahead, "unfinished work, and nobody advances"
+            assert self.step() or self.ahead, "unfinished work, and nobody advances"
         raise AssertionError(f"not done after {max_steps} steps")
 
     def said(self, *kinds: str) -> list[tuple[str, int, str]]:

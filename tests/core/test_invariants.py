@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -123,6 +124,7 @@ class Machine(RuleBasedStateMachine):
         chosen: Policy = make_policy(policy)
         if newest_first:  # the worst order for chains of blocks: heads before tails
             chosen.evict = lambda idle: next(reversed(list(idle)))
+        self.ahead = ahead  # steps are planned before the last one's result is in
         self.rig = Rig(
             num_blocks,
             block_size,
@@ -135,7 +137,6 @@ class Machine(RuleBasedStateMachine):
             enable_chunked_prefill=chunking,
             ahead=ahead,
         )
-        self.ahead = ahead  # steps are planned before the last one's result is in
         self.requests: list[Request] = []
         self.num_rejected = 0
         # Tokens sampled, sequences added and steps failed, altogether. A sequence that was
@@ -241,6 +242,11 @@ class Machine(RuleBasedStateMachine):
 
     # One step and what holds for it
 
+    @property
+    def under_way(self) -> list[Any]:
+        """Steps that were submitted and whose result nobody has read."""
+        return list(self.rig.engine.under_way) if self.ahead else []
+
     def unfinished(self) -> list[Request]:
         return [request for request in self.requests if request.seq.finish_reason is None]
 
@@ -259,7 +265,7 @@ class Machine(RuleBasedStateMachine):
 
         self.decodes = self.wanting_one()
         executor.execute = checked_execute
-        num_plans, num_under_way = len(executor.plans), len(engine.under_way)
+        num_plans, num_under_way = len(executor.plans), len(self.under_way)
         try:
             ended_or_advanced = engine.step()
         finally:
@@ -346,7 +352,7 @@ class Machine(RuleBasedStateMachine):
             assert (seq.status, seq.block_table) == (Status.WAITING, [])
             assert (seq.num_computed_tokens, seq.num_slots, seq.num_hashed_blocks) == (0, 0, 0)
         assert waiting == [seq for _, seq in sorted(scheduler.waiting)]
-        unread = {i for plan, _ in self.rig.engine.under_way for i in plan.removed}
+        unread = {i for plan, _ in self.under_way for i in plan.removed}
         assert set(self.rig.executor.tokens) <= {*scheduler.running, *scheduler.removed, *unread}
 
     @invariant()
@@ -423,7 +429,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert (seq.output_token_ids, seq.finish_reason) == (output, reason)
         if not live:
-            assert not engine.has_unfinished or engine.under_way
+            assert not engine.has_unfinished or self.under_way
             assert self.rig.blocks.num_available == self.rig.blocks.num_blocks, "blocks leaked"
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ConfigError, MissingDependencyError
-from nanovllm.kernels import AttentionBatch, Form, choose_backend, reference
+from nanovllm.kernels import Angles, AttentionBatch, Form, KVCache, choose_backend, reference
 from nanovllm.kernels.triton import MIN_SPLIT, Triton, split
 from tests.kernels.test_attention import Batch, Case
 
@@ -97,6 +98,50 @@ def test_a_padded_row_stores_nothing_and_gets_zeros(num_programs: int) -> None:
     assert not out[:2].isnan().any()
     changed = (batch.cache.k != before).any(-1).any(1).nonzero().tolist()
     assert sorted(changed) == sorted([slot // 16, slot % 16] for slot in slots.tolist())
+
+
+class FourRows:
+    """A backend of DecodeOps for four sequences, whatever a batch has; the rows beyond it are
+    checked and cut off."""
+
+    def __init__(self, num_programs: int, caches: list[KVCache]) -> None:
+        self.ops = Triton(num_programs).plan_decodes(4, 60, caches)
+
+    def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> "FourRows":
+        self.ops.fill(batch)
+        self.ops.caches = caches
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, angles: Angles, *rest) -> Tensor:
+        def padded(x: Tensor) -> Tensor:
+            return torch.cat((x, torch.ones(4 - len(x), *x.shape[1:])))
+
+        heads = padded(torch.cat((q, k, v), dim=1)).split([q.shape[1], k.shape[1], v.shape[1]], 1)
+        out = self.ops.attend(layer, *heads, (padded(angles[0]), padded(angles[1])), *rest)
+        assert torch.equal(out[len(q) :], torch.zeros_like(out[len(q) :]))
+        return out[: len(q)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    contexts=st.lists(st.sampled_from([0, 3, 17, 300, 700]), min_size=1, max_size=4),
+    num_programs=st.sampled_from([1, 16, 64]),
+    window=st.sampled_from([None, 40]),
+    seed=st.integers(0, 2**16),
+)
+def test_decodes_in_fields_that_stay_are_the_reference(
+    contexts: list[int], num_programs: int, window: int | None, seed: int
+) -> None:
+    """One batch after another: the first leaves nothing behind."""
+    before = Batch(Case(sequences=[(900, 1)] * 4))
+    backend = FourRows(num_programs, [before.cache])
+    before.run(backend)
+    batch = Batch(Case(sequences=[(n, 1) for n in contexts], window=window, seed=seed), turn=3)
+    expected, expected_cache = batch.run(reference)
+    found, cache = batch.run(backend)
+    assert_near(found, expected)
+    for part, expected_part in zip(cache, expected_cache, strict=True):
+        assert_near(part, expected_part)
 
 
 def test_what_no_sequence_may_see_may_be_no_number() -> None:

@@ -2,8 +2,7 @@
 
 Grids depend on the number of tokens, tiles and splits of a step, never on what is in its tensors,
 and everything that kernels read of a batch lies in one tensor, TritonOps.fields. So a CUDA graph
-of sequences with one token each serves all batches of that size, if the number of splits and the
-width of the block tables are as they were and the fields are copied into the same place. A padded
+of DecodeOps, whose splits and fields stay as they are, serves all batches up to its size. A padded
 row (slot -1, a context of 0) stores nothing and gets zeros.
 """
 
@@ -52,6 +51,10 @@ class Triton:
     def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> "TritonOps":
         return TritonOps(batch, caches, self.num_programs)
 
+    def plan_decodes(self, size: int, width: int, caches: list[KVCache]) -> "DecodeOps":
+        """See worker.cuda_graphs.StaticBackend."""
+        return DecodeOps(size, width, caches, self.num_programs)
+
     def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
         dense = rounded(weight, form.quantization, form.dtype)
         return partial(multiply, weight=dense, bias=bias, form=form)
@@ -87,14 +90,8 @@ class TritonOps:
     """
 
     def __init__(self, batch: AttentionBatch, caches: list[KVCache], num_programs: int) -> None:
-        self.caches, counts = caches, batch.query_starts.diff()
-        self.num_kv_heads, self.block_size, self.head_dim = caches[0].k.shape[1:]
-        self.dim = max(16, triton.next_power_of_2(self.head_dim))
-        key_bytes = self.dim * caches[0].k.element_size()
-        self.keys = max(16, min(128, TILE_BYTES // key_bytes))
-        self.factor = FACTORS[caches[0].k.dtype]
-        if triton.knobs.runtime.interpret:  # it multiplies the bits of a bfloat16
-            self.factor = tl.float32
+        self.set_shape(caches)
+        counts = batch.query_starts.diff()
         decodes, chunks = (counts == 1).nonzero().flatten(), (counts > 1).nonzero().flatten()
         tiles_of = -(-counts[chunks] // CHUNK_QUERIES)
         before = (tiles_of.cumsum(0) - tiles_of).repeat_interleave(tiles_of)
@@ -113,6 +110,17 @@ class TritonOps:
         self.fields, views = to_device(parts, caches[0].k.device)
         self.starts, self.lengths, self.tables, self.slots = views[:4]
         self.tiles = views[4:]
+
+    def set_shape(self, caches: list[KVCache]) -> None:
+        """What is the same for all batches."""
+        self.caches = caches
+        self.num_kv_heads, self.block_size, self.head_dim = caches[0].k.shape[1:]
+        self.dim = max(16, triton.next_power_of_2(self.head_dim))
+        key_bytes = self.dim * caches[0].k.element_size()
+        self.keys = max(16, min(128, TILE_BYTES // key_bytes))
+        self.factor = FACTORS[caches[0].k.dtype]
+        if triton.knobs.runtime.interpret:  # it multiplies the bits of a bfloat16
+            self.factor = tl.float32
 
     def attend(
         self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles,
@@ -169,6 +177,40 @@ class TritonOps:
             x_TH, residual_TH, weight, y, eps, size, triton.next_power_of_2(size)
         )
         return y
+
+
+class DecodeOps(TritonOps):
+    """Operations on up to `size` sequences with one token each, in fields that stay where they are.
+
+    Splits are as many as keep the device busy if all contexts are long; those past the end of one
+    find nothing to do.
+    """
+
+    def __init__(self, size: int, width: int, caches: list[KVCache], num_programs: int) -> None:
+        self.set_shape(caches)
+        wanted = -(-num_programs // (self.num_kv_heads * size))
+        useful = max(1, width * self.block_size // MIN_SPLIT)
+        num_splits = min(MAX_SPLITS, triton.next_power_of_2(min(wanted, useful)))
+        self.launches, rows = [(1, num_splits)], torch.arange(size)
+        self.host = torch.zeros_like(rows), torch.full_like(rows, -1), torch.zeros(size, 3).long()
+        self.host[2][:, 0] = rows
+        tables = torch.zeros(size, width, dtype=torch.int64)
+        parts = [*self.host, torch.arange(size + 1), tables]
+        self.fields, views = to_device(parts, caches[0].k.device)
+        self.lengths, self.slots, tiles, self.starts, self.tables = views
+        self.tiles = [tiles]
+
+    def fill(self, batch: AttentionBatch) -> None:
+        """Copy a batch to where the kernels read it; rows that it lacks are empty."""
+        num_seqs, width = batch.block_tables.shape
+        (lengths, slots, tiles), (_, num_splits) = self.host, self.launches[0]
+        lengths[:num_seqs], lengths[num_seqs:] = batch.context_lens, 0
+        slots[:num_seqs], slots[num_seqs:] = batch.slots, -1
+        tiles[:, 2] = -(-int(lengths.max()) // (num_splits * self.keys)) * self.keys
+        changed, _ = to_device([*self.host], self.fields.device)  # in pinned memory of its own
+        self.fields[: len(changed)] = changed
+        _, (tables,) = to_device([batch.block_tables], self.fields.device)
+        self.tables[:num_seqs, :width] = tables
 
 
 def split(lengths: Tensor, wanted: int, step: int) -> tuple[int, int]:
