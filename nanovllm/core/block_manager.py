@@ -20,6 +20,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 
 from nanovllm.core.sequence import Sequence
 
@@ -95,6 +96,13 @@ class BlockManager:
                     break
                 found.append(block)
         return found
+
+    def num_matched(self, seq: Sequence) -> int:
+        """Tokens at the beginning of `seq` that the cache has, by their hashes alone: quick enough
+        to ask of each waiting sequence in each step."""
+        return (
+            sum(1 for _ in takewhile(self.cached.__contains__, self._hashes(seq))) * self.block_size
+        )
 
     def num_to_take(self, matched: Iterable[Block], num_new: int) -> int:
         """How far sharing `matched` and allocating `num_new` blocks lowers num_available."""

@@ -73,7 +73,7 @@ class Scheduler:
         self.events.step += 1
         plan, running, prefills = StepPlan(self.events.step), self.running.values(), []
         for _, seq in self.waiting if self.policy.wants_matches else ():
-            seq.num_matched_tokens = len(self.blocks.match(seq)) * self.blocks.block_size
+            seq.num_matched_tokens = self.blocks.num_matched(seq)
         if self.policy.keys_change:
             self.waiting = sorted((self._key(seq), seq) for _, seq in self.waiting)
         self._preempt_for_arrival()

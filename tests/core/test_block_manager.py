@@ -270,6 +270,15 @@ def test_forget_frees_blocks_that_only_the_cache_held():
     assert (list(blocks.free), list(blocks.idle)) == ([2, 3, 4, 5, 6, 7, 0, 1], [])
 
 
+def test_num_matched_counts_the_tokens_of_cached_blocks_from_the_beginning():
+    blocks, seq = manager(), make_seq([1] * 4 + [2] * 4 + [3] * 4)
+    fill(blocks, seq)
+    assert blocks.num_matched(make_seq([1] * 4 + [2] * 4 + [9] * 8, 1)) == 8
+    assert blocks.num_matched(make_seq([2] * 4, 2)) == 0
+    blocks.forget([blocks.blocks[1]])
+    assert blocks.num_matched(make_seq([1] * 4 + [2] * 4 + [3] * 4, 3)) == 4
+
+
 def test_only_known_tokens_fill_a_block():
     blocks, seq = manager(), make_seq([1] * 7)
     blocks.allocate(seq, 8)
