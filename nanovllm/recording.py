@@ -151,6 +151,13 @@ class Rejected(Line, tag="rejected", frozen=True, kw_only=True):
     reason: str
 
 
+class Reset(Line, tag="reset", frozen=True, kw_only=True):
+    """Somebody had the prefix cache forget all it held."""
+
+    time_s: float
+    step: int
+
+
 class End(Line, tag="end", frozen=True, kw_only=True):
     """The last line, if the engine lived to write it: why there are no more."""
 
@@ -158,7 +165,7 @@ class End(Line, tag="end", frozen=True, kw_only=True):
     reason: str
 
 
-Record = Header | Arrival | Step | Finish | Rejected | End
+Record = Header | Arrival | Step | Finish | Rejected | Reset | End
 
 
 class Recorder:
@@ -168,8 +175,8 @@ class Recorder:
     in pieces of 64 KiB or each second, whichever is first.
 
     Args:
-        core: its executor and its event log's sink become this, which passes all on; it should have
-            no requests yet.
+        core: its executor, its event log's sink and what resets its prefix cache become this, which
+            passes all on; it should have no requests yet.
         path: the file; what it held is lost.
         config: goes into the header. max_bytes: the file's largest size.
         key: of the hashes; only recordings with the same key compare.
@@ -186,7 +193,7 @@ class Recorder:
         max_bytes: int = 1 << 30,
         key: bytes | None = None,
     ) -> None:
-        self.scheduler, self.clock = core.scheduler, core.events.clock
+        self.scheduler, self.events, self.clock = core.scheduler, core.events, core.events.clock
         self.executor, self.sink = core.executor, core.events.sink
         self.path, self.max_bytes, self.key = path, max_bytes, key or os.urandom(16)
         self.pieces: list[bytes] = []
@@ -205,6 +212,8 @@ class Recorder:
         self.open, self.flushed_s = True, self.clock()
         self._write(make_header(core, config))
         core.executor, core.events.sink = self, self.event
+        blocks = core.scheduler.blocks
+        self.reset, blocks.reset_prefix_cache = blocks.reset_prefix_cache, self.reset_prefix_cache  # type: ignore[method-assign]
 
     def execute(self, plan: StepPlan) -> StepResult:
         start_s = self.clock()
@@ -230,6 +239,12 @@ class Recorder:
             if self.open:
                 self._end("the engine was closed")
         self.executor.close()
+
+    def reset_prefix_cache(self) -> None:
+        """What takes the place of the BlockManager's."""
+        if self.open:
+            self._write(Reset(time_s=self.clock(), step=self.events.step))
+        self.reset()
 
     def event(self, event: Event) -> None:
         """The event log's sink."""

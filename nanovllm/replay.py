@@ -9,7 +9,7 @@ from nanovllm.core.plan import StepPlan, StepResult
 from nanovllm.core.policy import Policy, make_policy
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence
-from nanovllm.recording import Arrival, End, Finish, Header, Record, Rejected, Step
+from nanovllm.recording import Arrival, End, Finish, Header, Record, Rejected, Reset, Step
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -148,3 +148,5 @@ def replay(
                 core.finish([sequences[record.seq_id]], record.reason)
             case Rejected():
                 core.events.record(Kind.REJECTED, -1, record.reason)
+            case Reset():
+                blocks.reset_prefix_cache()

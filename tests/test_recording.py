@@ -24,6 +24,7 @@ from nanovllm.recording import (
     Record,
     Recorder,
     Rejected,
+    Reset,
     Step,
     read_recording,
 )
@@ -116,6 +117,28 @@ def test_every_line_of_a_short_recording(tmp_path: Path) -> None:
     ]
     assert steps[1].duration_s == 0.5
     assert end == End(time_s=2.5, reason="the engine was closed")
+
+
+def test_a_reset_of_the_prefix_cache_is_written_and_done(tmp_path: Path) -> None:
+    rig = Rig(**BASE)
+    recorder = recorded(tmp_path / "r", rig)
+    for _ in range(2):
+        rig.add([5] * 5, max_tokens=1)
+        rig.run()
+    rig.blocks.reset_prefix_cache()
+    rig.add([5] * 5, max_tokens=1)
+    rig.run()
+    recorder.close()
+    assert [why for kind, _, why in rig.said() if kind.startswith("cache")] == [
+        "first block not cached",
+        "prefix",
+        "first block not cached",
+    ]
+    records = read(tmp_path / "r")
+    assert [line for line in records if isinstance(line, Reset)] == [Reset(time_s=1.0, step=2)]
+    events: list[Event] = []
+    assert len(list(replay(records, sink=events.append))) == 3
+    assert events == rig.events
 
 
 def test_a_batch_that_stays_the_same_is_written_once(tmp_path: Path) -> None:
@@ -340,6 +363,8 @@ def eventful(path: Path, policy: str, seed: int, **settings: int | bool) -> Rig:
             rig.engine.finish([rng.choice(live)], "stop", "###")
         if rng.random() < 0.03:
             rig.executor.failures = [RuntimeError("broken")]
+        if rng.random() < 0.04:
+            rig.blocks.reset_prefix_cache()
         if live and rng.random() < 0.06:
             rig.executor.bad_rows = {rng.choice(live).seq_id}
         rig.engine.step()

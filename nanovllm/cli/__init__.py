@@ -19,6 +19,9 @@ COMMANDS = {
     "eval-ppl": "measure how well a model knows a text: its perplexity",
     "simulate": "serve a workload in virtual time, on hardware that need not be here",
     "calibrate": "fit the simulator to measured requests",
+    "sweep": "simulate a grid of settings and compare them",
+    "advise": "find the cheapest setting that meets latency targets",
+    "replay": "run a recording again under another policy, settings or hardware",
     "explain": "say in words what an engine did, from a recording of it",
 }
 

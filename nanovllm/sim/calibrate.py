@@ -1,8 +1,9 @@
-"""Fitting the cost model to what an engine was seen to do, by searching over simulations."""
+"""Fitting the roofline to what an engine was seen to do, by searching over simulations; and what a
+calibration file holds: that, or the step times of a recording (steps.py)."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import exp, log
 from typing import Any
 
@@ -14,6 +15,7 @@ from nanovllm.sim.hardware import Hardware
 from nanovllm.sim.report import Finished, Report
 from nanovllm.sim.run import Engine, simulate
 from nanovllm.sim.shape import ModelShape
+from nanovllm.sim.steps import StepTimes
 from nanovllm.traces import TraceRequest
 
 # What is compared, and how far off each may be to weigh the same.
@@ -21,6 +23,10 @@ METRICS = {
     (kind, point): (0.01 if kind == "tpot_ms" else 0.02) if point == "mean" else 0.04
     for kind in ("tpot_ms", "ttft_ms")
     for point in ("mean", "p50", "p90", "p99")
+}
+FORMS: dict[str, type[Calibration] | type[StepTimes]] = {
+    "roofline": Calibration,
+    "steps": StepTimes,
 }
 START = (0.9, 0.85, 1e-3)  # compute, bandwidth, overhead
 
@@ -83,6 +89,32 @@ def read_row(row: Mapping[str, Any]) -> Finished:
     if not np.isfinite(times).all() or list(times) != sorted(times):
         raise ValueError("its times are not in order")
     return Finished(*times, *lengths)
+
+
+def as_file(fitted: Calibration | StepTimes) -> dict[str, Any]:
+    """What a calibration file says of a fit."""
+    [form] = (name for name, kind in FORMS.items() if isinstance(fitted, kind))
+    return {"form": form, **fitted.as_dict()}
+
+
+def read_calibration(path: str) -> Calibration | StepTimes:
+    """From a file that `nanovllm calibrate` wrote; what else it holds is ignored.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no calibration.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        form: Any = FORMS[found.get("form", "roofline")]
+        values = [found[entry.name] for entry in fields(form) if entry.init]
+        fitted: Calibration | StepTimes = form(
+            *(tuple(value) if isinstance(value, list) else value for value in values)
+        )
+        return fitted
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"no file that `nanovllm calibrate` wrote ({type(error).__name__}: {error})"
+        raise ConfigError("calibration", path, why) from error
 
 
 def errors(simulated: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """How long a step takes: a roofline over a device and a model, with at most four fitted numbers."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
 
 from nanovllm.checks import check_fields, ranged
@@ -53,21 +52,6 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-
-    @classmethod
-    def read(cls, path: str) -> "Calibration":
-        """From a file that `nanovllm calibrate` wrote; what else it holds is ignored.
-
-        Raises:
-            ConfigError: it cannot be read, or holds no calibration.
-        """
-        try:
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
-            return cls(**{entry.name: found[entry.name] for entry in fields(cls)})
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            why = f"no file that `nanovllm calibrate` wrote ({type(error).__name__}: {error})"
-            raise ConfigError("calibration", path, why) from error
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
