@@ -1,11 +1,14 @@
 """Steps planned ahead give the same tokens as steps one after the other."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.core.ahead import AheadEngine
 from nanovllm.errors import ConfigError
 from nanovllm.worker.gpu_runner import GPURunner
 from tests.llm.helpers import assert_idle, greedy, make_ids
@@ -102,3 +105,30 @@ def test_ranks_go_ahead_too(tiny: Path) -> None:
 def test_what_does_not_go_ahead_is_refused(more: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="async_scheduling"):
         LLM("nowhere", async_scheduling=True, **more)
+
+
+def test_streams_are_the_same_ahead_and_one_may_leave(tiny: Path) -> None:
+    settings = SETTINGS | {"num_kv_blocks": 24, "async_scheduling": True}
+
+    async def stream(llm: AsyncLLM, number: int) -> list[int]:
+        shown: list[int] = []
+        async for output in llm.generate(PROMPTS[number], greedy(12), str(number)):
+            shown = output.outputs[0].token_ids
+            if number == 2:
+                break
+        return shown
+
+    async def streams() -> list[list[int]]:
+        with AsyncLLM(tiny, **settings) as llm:
+            found = await asyncio.gather(*[stream(llm, number) for number in range(4)])
+            assert isinstance(llm.engine.core, AheadEngine)
+            return list(found)
+
+    found = asyncio.run(streams())
+    with LLM(tiny, **SETTINGS, num_kv_blocks=24) as llm:
+        expected = [
+            output.outputs[0].token_ids
+            for output in llm.generate(PROMPTS[:4], greedy(12), use_tqdm=False)
+        ]
+    assert found[2] == expected[2][: len(found[2])]
+    assert [found[i] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
