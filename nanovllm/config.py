@@ -123,17 +123,13 @@ class EngineConfig:
         Raises:
             ConfigError: the model cannot take max_model_len, or a step cannot take a prompt.
         """
-        length, seqs = self.max_model_len or longest, self.max_num_seqs or 0
+        length = self.max_model_len or longest
         if length > longest:
             raise ConfigError("max_model_len", length, f"the model takes {longest}, the nearest")
         least = 0 if self.enable_chunked_prefill else length
-        tokens = self.max_num_batched_tokens or max(2048, seqs, least)
+        tokens = self.max_num_batched_tokens or max(2048, self.max_num_seqs or 0, least)
         if tokens < least:
             why = f"without chunked prefill the nearest is max_model_len={least}"
             raise ConfigError("max_num_batched_tokens", tokens, why)
-        return replace(
-            self,
-            max_model_len=length,
-            max_num_seqs=seqs or min(256, tokens),
-            max_num_batched_tokens=tokens,
-        )
+        seqs = self.max_num_seqs or min(256, tokens)
+        return replace(self, max_model_len=length, max_num_seqs=seqs, max_num_batched_tokens=tokens)

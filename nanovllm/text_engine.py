@@ -72,8 +72,11 @@ class TextEngine:
         if self.tokenizer is not None:
             if isinstance(token_ids, str):
                 token_ids = self.tokenizer.encode(token_ids)
-            bad = [ids for word in params.bad_words or () for ids in self.tokenizer.variants(word)]
-            params = replace(params, bad_words_token_ids=bad) if bad else params
+            if params.bad_words:
+                from nanovllm.bad_words import bad_token_ids
+
+                ids = bad_token_ids(params.bad_words, self.tokenizer)
+                params = replace(params, bad_words_token_ids=ids)
         if params.structured_outputs is not None:
             from nanovllm.grammar import check_grammar
 
@@ -89,10 +92,9 @@ class TextEngine:
 
     def submit(self, request: Request, request_id: str = "") -> Request:
         """Queue a request in the engine."""
-        params, more = request.params, (request.cache_salt, None, request.terms)
-        what = request.prompt_token_ids, params, request_id, request.priority
-        request.sequences = self.core.add(*what, *more)
-        tokenizer = self.tokenizer if params.detokenize else None
+        what = request.prompt_token_ids, request.params, request_id, request.priority
+        request.sequences = self.core.add(*what, request.cache_salt, None, request.terms)
+        tokenizer = self.tokenizer if request.params.detokenize else None
         request.texts = [Text(seq, tokenizer) for seq in request.sequences]
         self.requests |= dict.fromkeys((seq.seq_id for seq in request.sequences), request)
         return request
@@ -112,9 +114,8 @@ class TextEngine:
         for seq in stepped:
             request = self.requests[seq.seq_id]
             advanced.append((request, seq))
-            reason = "stop"
             try:
-                why = request.texts[seq.index].advance()
+                reason, why = "stop", request.texts[seq.index].advance()
             except Exception as error:  # of this sequence only
                 reason, why = "error", f"{type(error).__name__}: {error}"
             if why is not None:

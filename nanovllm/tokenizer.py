@@ -54,24 +54,13 @@ class Tokenizer:
             InvalidRequestError: it holds half a surrogate pair.
         """
         try:
-            token_ids: list[int] = self.backend.encode(
-                text, add_special_tokens=add_special_tokens
-            ).ids
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:  # which one depends on the version
             raise InvalidRequestError(field, text, f"is not valid Unicode ({error})") from error
-        return token_ids
+        return list(encoding.ids)
 
     def decode(self, token_ids: Items[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
-
-    def variants(self, word: str) -> list[list[int]]:
-        """Token ids of a word as it begins a text and as it follows a space. Spaces before it do
-        not count, unless it is nothing else."""
-        bare = word.lstrip()
-        forms = (bare, " " + bare) if bare else (word,)
-        found = [self.encode(form, add_special_tokens=False, field="bad_words") for form in forms]
-        return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
 
 class Detokenizer:

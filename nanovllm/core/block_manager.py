@@ -100,9 +100,8 @@ class BlockManager:
     def num_matched(self, seq: Sequence) -> int:
         """Tokens at the beginning of `seq` that the cache has, by their hashes alone: quick enough
         to ask of each waiting sequence in each step."""
-        return (
-            sum(1 for _ in takewhile(self.cached.__contains__, self._hashes(seq))) * self.block_size
-        )
+        matched = takewhile(self.cached.__contains__, self._hashes(seq))
+        return sum(1 for _ in matched) * self.block_size
 
     def num_to_take(self, matched: Iterable[Block], num_new: int) -> int:
         """How far sharing `matched` and allocating `num_new` blocks lowers num_available."""

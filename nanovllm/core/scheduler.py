@@ -71,7 +71,8 @@ class Scheduler:
         """Plan the next step: first running sequences that want one token (decodes), then all
         that want more, running or waiting, in the order of the policy's keys."""
         self.events.step += 1
-        plan, running, prefills = StepPlan(self.events.step), self.running.values(), []
+        plan = StepPlan(self.events.step, removed=self.removed)
+        running, prefills = self.running.values(), []
         for _, seq in self.waiting if self.policy.wants_matches else ():
             seq.num_matched_tokens = self.blocks.num_matched(seq)
         if self.policy.keys_change:
@@ -98,10 +99,8 @@ class Scheduler:
         if plan.seq_ids:  # else the plan is not sent
             rows = [self.running[seq_id] for seq_id in plan.seq_ids]
             self.policy.served(zip(rows, plan.num_scheduled_tokens, strict=True))
-            plan.removed.extend(self.removed)
-            self.removed.clear()
             self.under_way[plan.step] = UnderWay(plan, rows, self.hashed)
-            self.hashed = []
+            self.removed, self.hashed = [], []
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -112,8 +111,11 @@ class Scheduler:
         """
         now_s, advanced = self.events.clock(), []
         sequences = self.under_way.pop(plan.step).sequences
-        if result.logprobs or result.prompt_logprobs:
-            self._add_logprobs(sequences, result)
+        for seq in sequences if result.logprobs or result.prompt_logprobs else ():
+            if seq.finish_reason is None:
+                seq.prompt_logprobs |= result.prompt_logprobs.get(seq.seq_id, {})
+                if seq.seq_id in result.logprobs:
+                    seq.logprobs.append(result.logprobs[seq.seq_id])
         for seq, token_id in zip(sequences, result.token_ids, strict=True):
             if token_id < 0 or seq.finish_reason is not None:
                 continue  # part of a prompt, or ended meanwhile
@@ -159,13 +161,6 @@ class Scheduler:
         self._record(kind, seq, reason, output_tokens=seq.num_tokens - seq.num_prompt_tokens)
         self.policy.finished(seq)
 
-    def _add_logprobs(self, sequences: list[Sequence], result: StepResult) -> None:
-        for seq in sequences:
-            if seq.finish_reason is None:
-                seq.prompt_logprobs.update(result.prompt_logprobs.get(seq.seq_id, {}))
-                if (found := result.logprobs.get(seq.seq_id)) is not None:
-                    seq.logprobs.append(found)
-
     # The parts of a plan
 
     def _preempt_for_arrival(self) -> None:
@@ -199,31 +194,27 @@ class Scheduler:
                 others = [s for s in self.running.values() if s.seq_id not in scheduled]
                 victim, why = self.policy.victim(others, seq)
                 self._preempt(self.running[victim.seq_id] if victim else seq, seq, why)
-        if seq.status is Status.WAITING:
-            return False
-        self.hashed += self.blocks.cache_full_blocks(seq, end)
-        return True
+        if seq.status is Status.RUNNING:
+            self.hashed += self.blocks.cache_full_blocks(seq, end)
+        return seq.status is Status.RUNNING
 
-    def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], most: Limit) -> None:
-        limit, scarce = most
+    def _schedule_prefills(self, plan: StepPlan, prefills: list[Sequence], limit: Limit) -> None:
         running = sorted((self._key(s), s) for s in prefills if s.status is Status.RUNNING)
         queue, admitting = self.waiting[: self.max_num_seqs], True
         for _, seq in merge(running, queue):
             if seq.status is Status.WAITING:
-                admitting = admitting and self._admit(
-                    plan, seq, Decision(limit, scarce), len(prefills)
-                )
+                admitting = admitting and self._admit(plan, seq, limit, len(prefills))
             num_wanted = seq.num_tokens - seq.num_computed_tokens
-            num_tokens = min(num_wanted, limit)
+            num_tokens = min(num_wanted, limit.value)
             if seq.status is Status.WAITING or num_tokens <= 0:
                 continue
-            limit -= num_tokens
+            limit = limit._replace(value=limit.value - num_tokens)
             seq.num_computed_tokens += num_tokens
             self.hashed += self.blocks.cache_full_blocks(seq, seq.num_computed_tokens)
             plan.seq_ids.append(seq.seq_id)
             plan.num_scheduled_tokens.append(num_tokens)
             if num_tokens < num_wanted:
-                self._record(Kind.CHUNKED, seq, scarce, tokens=num_tokens, wanted=num_wanted)
+                self._record(Kind.CHUNKED, seq, limit.reason, tokens=num_tokens, wanted=num_wanted)
             else:
                 seq.num_tokens += 1
 

@@ -7,18 +7,24 @@ H hidden size, F feed-forward size.
 import logging
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from nanovllm.errors import ConfigError, MissingDependencyError
-from nanovllm.kernels.quantized import Groups
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.quantized import Groups
 
 log = logging.getLogger(__name__)
 
 Angles = tuple[Tensor, Tensor]  # cos and sin of each token's position: [T, D], halves alike
 Product = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
+
+# What "auto" tries on each kind of device, the fastest first; what some need, and its extra.
+AUTO = {"cuda": ["triton", "reference"], "cpu": ["native", "cpu", "reference"]}
+PACKAGES = {"triton": ("triton", "gpu"), "cpu": ("numba", "cpu")}
 
 
 class KVCache(NamedTuple):
@@ -50,7 +56,7 @@ class Form(NamedTuple):
 
     Attributes:
         dtype: of x. result: of the product.
-        quantization: "int8" or "int4" rounds the weight.
+        quantization: "int8" or "int4" rounds the weight; None or "gguf" takes it as it is.
         gated: silu(gate) · up, where gate and up are the halves of the product: [rows, out / 2].
         name: of the layer that it is for, such as "model.layers.0.mlp.down_proj".
     """
@@ -66,17 +72,12 @@ class Ops(Protocol):
     """What happens in a model between its products, planned for one batch."""
 
     def attend(
-        self,
-        layer: int,
-        q_TND: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        angles: Angles,
+        self, layer: int, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles,
         window: int | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Turn q and k by the angles, store k and v, then attend to all that the layer's cache
         holds of each sequence, causally (and to no more than `window` positions back, itself
-        included). Returns [T, N, D]."""  # fmt: skip
+        included). Returns [T, N, D]."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · weight, over the last dimension, computed in float32."""
@@ -86,12 +87,13 @@ class Ops(Protocol):
 
 
 class Backend(Protocol):
-    """Kernels that belong together."""
+    """Kernels that belong together. Their module has two more functions: `obstacle`, which says why
+    they cannot be used here, and `make`, which returns the backend."""
 
     def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> Ops:
         """Work out once a step what every layer needs. caches: one for each layer."""
 
-    def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
+    def pack(self, weight: "Tensor | Groups", bias: Tensor | None, form: Form) -> Product:
         """The product with a weight [out, in], brought once into the order it is read in."""
 
 
@@ -104,35 +106,19 @@ def choose_backend(
         ConfigError: the one named cannot do this dtype, head or block size, or not on this machine.
         MissingDependencyError: the one named needs a package that is not installed.
     """
-    on_cpu = device.type == "cpu"
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
+    refused: Exception | None = None
+    for candidate in AUTO[device.type] if name == "auto" else [name]:
         try:
-            triton = import_module("nanovllm.kernels.triton")
+            module = import_module(f"nanovllm.kernels.{candidate}")
         except ImportError as error:
-            if name == "triton":
-                purpose = "attention_backend='triton'"
-                raise MissingDependencyError("triton", "gpu", purpose) from error
-        else:
-            reason = triton.obstacle(device, dtype, head_dim)
-            if not reason:
-                backend: Backend = triton.make(device)
-                return backend
-            if name == "triton":
-                raise ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
-    if name == "native" or (name == "auto" and on_cpu and dtype == torch.bfloat16):
-        from nanovllm.kernels import native
-
-        reason = native.obstacle(device, dtype, head_dim, block_size)
+            purpose = f"attention_backend={candidate!r}"
+            refused = MissingDependencyError(*PACKAGES[candidate], purpose)
+            refused.__cause__ = error
+            continue
+        reason = module.obstacle(device, dtype, head_dim, block_size)
         if not reason:
-            return native.Native()
-        if name == "native":
-            raise ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
-        level = logging.INFO if native.missing_flags() else logging.WARNING  # it could be faster
-        log.log(level, "no native kernels: %s", reason)
-    if name == "cpu" or (name == "auto" and on_cpu and dtype in (torch.float32, torch.bfloat16)):
-        try:
-            return import_module("nanovllm.kernels.cpu")
-        except ImportError as error:
-            if name == "cpu":
-                raise MissingDependencyError("numba", "cpu", "attention_backend='cpu'") from error
-    return import_module("nanovllm.kernels.reference")
+            return cast(Backend, module.make(device))
+        log.info("no %s kernels: %s", candidate, reason)
+        refused = ConfigError("attention_backend", name, f"{reason}; the nearest is auto")
+    assert refused  # of the one named: "auto" comes to the reference, which can do all
+    raise refused

@@ -6,6 +6,7 @@ them to the upper half of its 32 bits.
 """
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numba
@@ -15,11 +16,22 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from nanovllm.kernels import AttentionBatch, Form, KVCache, Product, reference
+from nanovllm.kernels import AttentionBatch, Backend, Form, KVCache, Product, reference
 from nanovllm.kernels.quantized import Groups, rounded
 from nanovllm.kernels.reference import ReferenceOps
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # omp shares torch's cores
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Why these kernels cannot be used, or nothing."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"computes in float32 or bfloat16 on a CPU, not in {dtype} on {device}"
+    return ""
+
+
+def make(device: torch.device) -> Backend:
+    return import_module(__name__)
 
 
 class CpuOps(ReferenceOps):

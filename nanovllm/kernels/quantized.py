@@ -3,7 +3,7 @@
 Shapes: N rows (out_features), C columns (in_features), G = C / 32 groups of a row.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 GROUP = 32
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
     """Neighbours in a row that share a scale and a minimum: weight = scale · q + minimum. These are
     llama.cpp's blocks Q4_0, Q4_1 (4 bits) and Q8_0 (8 bits), their numbers unchanged.
 
@@ -32,10 +33,14 @@ class Groups(NamedTuple):
         """Write the values into a weight, some rows at a time: in float32 they are large."""
         for first in range(0, len(weight_NC), 4096):
             rows = slice(first, first + 4096)
-            weight_NC[rows] = self.take(rows).dequantize()
+            weight_NC[rows] = self[rows].dequantize()
 
-    def take(self, rows: Tensor | slice) -> "Groups":
+    def __getitem__(self, rows: Tensor | slice) -> "Groups":
         return Groups(self.bits, *(array[rows] for array in self.arrays))
+
+    def split(self, num_rows: int) -> "list[Groups]":
+        parts = zip(*(array.split(num_rows) for array in self.arrays), strict=True)
+        return [Groups(self.bits, *part) for part in parts]
 
     @property
     def arrays(self) -> tuple[Tensor, Tensor, Tensor]:

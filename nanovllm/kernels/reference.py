@@ -1,13 +1,23 @@
 """All operations in plain torch, for any device: what the other kernels are tested against."""
 
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels import Angles, AttentionBatch, Form, KVCache, Product
+from nanovllm.kernels import Angles, AttentionBatch, Backend, Form, KVCache, Product
 from nanovllm.kernels.quantized import Groups, rounded
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """Why these kernels cannot be used: there is no reason."""
+    return ""
+
+
+def make(device: torch.device) -> Backend:
+    return import_module(__name__)
 
 
 class ReferenceOps:

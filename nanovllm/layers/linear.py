@@ -6,30 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanovllm.kernels import Product
-from nanovllm.kernels.reference import silu_mul
+from nanovllm.kernels import Form, Product
 from nanovllm.layers.module import Module
 
 
 class Embedding(Module):
-    """A vector for each token id: weight [V, H].
-
-    Attributes:
-        first, combine: if other ranks hold the other rows, the id of the first one here, and what
-            sums the vectors of all ranks.
-    """
+    """A vector for each token id: weight [V, H]."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.first, self.combine = 0, None
 
     def forward(self, input_ids_T: Tensor) -> Tensor:
-        if self.combine is None:
-            return F.embedding(input_ids_T, self.weight)
-        rows_T = input_ids_T - self.first
-        held_T = (rows_T >= 0) & (rows_T < len(self.weight))
-        return self.combine(F.embedding(rows_T * held_T, self.weight) * held_T[:, None])
+        return F.embedding(input_ids_T, self.weight)
 
 
 class Linear(Module):
@@ -50,8 +39,9 @@ class Linear(Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.product:
             return self.product(x)
-        y = F.linear(x, self.weight, self.bias)
-        return silu_mul(y) if self.gated else y
+        from nanovllm.kernels.reference import pack
+
+        return pack(self.weight, self.bias, Form(x.dtype, x.dtype, gated=self.gated))(x)
 
 
 class MergedLinear(Linear):

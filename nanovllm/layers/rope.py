@@ -13,33 +13,25 @@ class Rope:
     """Turns pairs (x[i], x[i + D/2]) of each head by an angle that grows with the position.
 
     Args:
-        scaling: "rope_type" and its parameters, as in config.json; {} is the default kind.
+        scaling: "rope_type" and its parameters, as in config.json.
         max_positions: rows of the table. original_positions: what the model was trained for.
     """
 
     def __init__(
-        self,
-        head_dim: int,
-        theta: float,
-        scaling: Mapping[str, Any],
-        max_positions: int,
+        self, head_dim: int, theta: float, scaling: Mapping[str, Any], max_positions: int,
         original_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    ) -> None:  # fmt: skip
         frequencies, factor = rope_frequencies(theta, head_dim), 1.0
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
+        if scaling["rope_type"] != "default":
             from nanovllm.layers.rope_scaling import scale  # only long-context models need it
 
-            frequencies, factor = scale(
-                str(kind), scaling, theta, head_dim, max_positions, original_positions
-            )  # [D/2], or [positions, D/2] where each position has its own
+            # [D/2], or [positions, D/2] where each position has its own
+            frequencies, factor = scale(scaling, theta, head_dim, max_positions, original_positions)
         positions = torch.arange(max_positions, dtype=torch.float32)
         angles_PD = (positions[:, None] * frequencies).repeat(1, 2)
-        self.cos_PD = (angles_PD.cos() * factor).to(device, dtype)
-        self.sin_PD = (angles_PD.sin() * factor).to(device, dtype)
+        dtype = torch.get_default_dtype()
+        self.cos_PD = (angles_PD.cos() * factor).to(dtype)
+        self.sin_PD = (angles_PD.sin() * factor).to(dtype)
 
     def select(self, positions_T: Tensor) -> Angles:
         """(cos, sin) for the tokens of a batch, [T, D] each."""

@@ -18,7 +18,6 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def scale(
-    kind: str,
     scaling: Mapping[str, Any],
     theta: float,
     head_dim: int,
@@ -28,7 +27,7 @@ def scale(
     """The frequencies, in radians a position, and the factor of both cosine and sine.
 
     Args:
-        scaling: parameters of the kind, named as in config.json.
+        scaling: "rope_type" and its parameters, as in config.json.
         max_positions: positions that sequences may reach.
         original_positions: max_position_embeddings of config.json.
 
@@ -38,7 +37,7 @@ def scale(
     Raises:
         ModelLoadError: the kind is unknown, or a parameter is missing or impossible.
     """
-    frequencies = rope_frequencies(theta, head_dim)
+    kind, frequencies = str(scaling["rope_type"]), rope_frequencies(theta, head_dim)
     original = scaling.get("original_max_position_embeddings") or original_positions
     try:
         if kind == "linear":

@@ -3,13 +3,16 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.errors import ModelLoadError
-from nanovllm.kernels.quantized import Groups
 from nanovllm.models.config import ModelConfig, read_json
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.quantized import Groups
 
 # name and shape of a tensor -> the part that is wanted, an axis each; None: nothing of it
 Cut = Callable[[str, Sequence[int]], tuple[slice, ...] | None]
@@ -43,7 +46,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def open_tensors(
     path: Path, load_format: str, keep_groups: bool = False, cut: Cut | None = None
-) -> Iterator[tuple[str, Tensor | Groups]]:
+) -> "Iterator[tuple[str, Tensor | Groups]]":
     """(name, tensor) of each tensor at `path`, named as Hugging Face's checkpoints name them.
 
     All files are opened and their headers checked before the first tensor is read.
@@ -59,16 +62,9 @@ def open_tensors(
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     auto = load_format == "auto" and ggufs and not any(path.glob("*.safetensors"))
     if auto or load_format == "gguf":
-        if len(ggufs) != 1:
-            raise ModelLoadError(f"{path}: holds {len(ggufs)} .gguf files; name one as the model")
-        from nanovllm.models.gguf import gguf_tensors
+        from nanovllm.models.gguf import checkpoint_tensors
 
-        tensors = gguf_tensors(ggufs[0], keep_groups)
-        if cut is None:
-            return tensors
-        from nanovllm.models.sharding import cut_tensors
-
-        return cut_tensors(tensors, cut)
+        return checkpoint_tensors(path, ggufs, keep_groups, cut)
     if keep_groups:
         raise ModelLoadError(f"{path}: quantization='gguf' needs a .gguf file as the model")
     names: list[tuple[Path, str]] = []
@@ -97,14 +93,13 @@ def read_tensor(file: Path, name: str, cut: Cut | None = None) -> Tensor | None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each known to be there."""
     index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
     if index.exists():
         try:
             names = {Path(name).name for name in read_json(index)["weight_map"].values()}
         except (KeyError, AttributeError, TypeError) as error:
             raise ModelLoadError(f"{index}: not an index of weights ({error!r})") from error
         files = sorted(folder / name for name in names)
-    else:
-        files = sorted(folder.glob("*.safetensors"))
     for file in files:
         if not file.is_file():
             raise ModelLoadError(f"{file}: missing, though {index.name} names it")

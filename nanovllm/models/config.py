@@ -1,18 +1,17 @@
 """ModelConfig: a model's shape, read from its config.json."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
-from msgspec import Meta, field
-
-from nanovllm.errors import ModelLoadError
-
-Size = Annotated[int, Meta(ge=1)]
+from nanovllm.checks import check_fields, one_of, ranged
+from nanovllm.errors import FieldError, ModelLoadError
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
     """The shape of a decoder-only transformer; the defaults are those of transformers.
 
     Attributes:
@@ -27,23 +26,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     architecture: str
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_layers: Size = field(name="num_hidden_layers")
-    num_heads: Size = field(name="num_attention_heads")
-    num_kv_heads: Size = field(name="num_key_value_heads")
-    head_dim: Size
-    hidden_act: Literal["silu"] = "silu"
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: Size
-    rope_theta: float = 10_000.0
+    vocab_size: int = ranged(MISSING, 1, 2**31)
+    hidden_size: int = ranged(MISSING, 1, 2**31)
+    intermediate_size: int = ranged(MISSING, 1, 2**31)
+    num_layers: int = ranged(MISSING, 1, 2**31)
+    num_heads: int = ranged(MISSING, 1, 2**31)
+    num_kv_heads: int = ranged(MISSING, 1, 2**31)
+    head_dim: int = ranged(MISSING, 1, 2**31)
+    hidden_act: str = one_of("silu")
+    rms_norm_eps: float = ranged(1e-6, 0.0, 1.0)
+    max_position_embeddings: int = ranged(MISSING, 1, 2**31)
+    rope_theta: float = ranged(10_000.0, 1.0, 1e30)
     rope_scaling: dict[str, Any]
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: Size | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    sliding_window: int | None = ranged(None, 1, 2**62)
+    dtype: str = one_of("float32", "bfloat16", "float16")
     eos_token_ids: tuple[int, ...]
     held_experts: tuple[int, int] | None = None
     extra: dict[str, Any]
@@ -57,25 +56,30 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ModelLoadError: a field is missing or of a wrong kind; names it and `source`.
         """
-        fields = {name: value for name, value in raw.items() if value is not None}
+        known = {name: value for name, value in raw.items() if value is not None}
         # transformers 5 writes rope_parameters, with theta inside; others rope_scaling.
-        rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        rope = known.get("rope_scaling") or known.get("rope_parameters") or {}
         eos = generation.get("eos_token_id", raw.get("eos_token_id"))
         try:
-            heads = fields["num_attention_heads"]
-            fields |= {
-                "architecture": fields["architectures"][0],
-                "num_key_value_heads": fields.get("num_key_value_heads", heads),
-                "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
+            heads = known["num_attention_heads"]
+            known |= {
+                "architecture": known["architectures"][0],
+                "num_layers": known["num_hidden_layers"],
+                "num_heads": heads,
+                "num_kv_heads": known.get("num_key_value_heads", heads),
+                "head_dim": known.get("head_dim") or known["hidden_size"] // heads,
                 "rope_scaling": {"rope_type": rope.get("type", "default"), **rope},
-                "rope_theta": rope.get("rope_theta") or fields.get("rope_theta", 10_000),
-                "dtype": fields.get("dtype") or fields.get("torch_dtype", "float32"),
-                "eos_token_ids": eos if isinstance(eos, list) else [eos] * (eos is not None),
+                "rope_theta": rope.get("rope_theta") or known.get("rope_theta", 10_000),
+                "dtype": known.get("dtype") or known.get("torch_dtype", "float32"),
+                "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos] * (eos is not None)),
                 "extra": dict(raw),
             }
-            return msgspec.convert(fields, cls)
-        except (msgspec.ValidationError, ArithmeticError, TypeError, LookupError) as error:
+            names = [entry.name for entry in fields(cls)]
+            config = cls(**{name: known[name] for name in names if name in known})
+            check_fields(config, FieldError)
+        except (FieldError, ArithmeticError, AttributeError, TypeError, LookupError) as error:
             raise ModelLoadError(f"{source}: a field is missing or impossible: {error}") from error
+        return config
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -108,8 +112,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelLoadError: there is no such file, or it holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        found = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from error
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except ValueError as error:
         raise ModelLoadError(f"{path}: not a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ModelLoadError(f"{path}: not a JSON object")
+    return found

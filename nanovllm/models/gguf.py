@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.errors import MissingDependencyError, ModelLoadError
 from nanovllm.kernels.quantized import Groups
+from nanovllm.models.checkpoint import Cut
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.gguf_file import GGUFFile, TensorInfo, open_gguf
 from nanovllm.models.gguf_tokenizer import build_tokenizer
@@ -65,6 +66,24 @@ def gguf_config(path: Path) -> ModelConfig:
     """
     file = open_gguf(path)
     return ModelConfig.from_hf(hf_config(file), generation_config(file))
+
+
+def checkpoint_tensors(
+    path: Path, ggufs: list[Path], keep_groups: bool, cut: Cut | None
+) -> Iterator[tuple[str, Tensor | Groups]]:
+    """See checkpoint.open_tensors, and `gguf_tensors`.
+
+    Args:
+        ggufs: the files at `path`; there can be only one.
+    """
+    if len(ggufs) != 1:
+        raise ModelLoadError(f"{path}: holds {len(ggufs)} .gguf files; name one as the model")
+    tensors = gguf_tensors(ggufs[0], keep_groups)
+    if cut is None:
+        return tensors
+    from nanovllm.models.sharding import cut_tensors
+
+    return cut_tensors(tensors, cut)
 
 
 def gguf_tensors(path: Path, keep_groups: bool = False) -> Iterator[tuple[str, Tensor | Groups]]:

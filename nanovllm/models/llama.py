@@ -41,9 +41,7 @@ class LlamaAttention(Module):
         """For the families that normalise queries and keys before they are turned."""
         return q_TND, k_TKD
 
-    def forward(
-        self, x_TH: Tensor, angles: Angles, ops: Ops, rows_R: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, angles: Angles, ops: Ops, rows_R: Tensor | None) -> Tensor:
         """[T, H], or [R, H] for only those rows."""
         heads = self.qkv_proj(x_TH).view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads.split_with_sizes(self.heads, dim=1)
@@ -131,8 +129,7 @@ class LlamaForCausalLM(Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         rope = config.head_dim, config.rope_theta, config.rope_scaling
         lengths = max_positions, config.max_position_embeddings
-        device = self.lm_head.weight.device
-        self.rope = Rope(*rope, *lengths, dtype=torch.get_default_dtype(), device=device)
+        self.rope = Rope(*rope, *lengths)
 
     def forward(
         self, input_ids_T: Tensor, positions_T: Tensor, ops: Ops, rows_R: Tensor | None = None

@@ -3,60 +3,61 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from nanovllm.config import EngineConfig
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import Backend, Form
-from nanovllm.kernels.quantized import Groups
 from nanovllm.layers.linear import Embedding, Linear
 from nanovllm.models.checkpoint import Cut, open_tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.registry import model_class
 
+if TYPE_CHECKING:
+    from nanovllm.kernels.quantized import Groups
+
 UNUSED = ("rotary_emb.inv_freq", "lm_head.weight")  # computed anew; tied to the embedding
 
 
 def load_model(
+    config: EngineConfig,
+    shape: ModelConfig,
     path: Path,
-    config: ModelConfig,
     backend: Backend,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    load_format: str,
-    max_positions: int,
-    quantization: str | None = None,
-    seed: int = 0,
     cut: Cut | None = None,
 ) -> LlamaForCausalLM:
     """The model at `path` (see checkpoint.locate), on `device`, its products packed by `backend`.
 
     Args:
-        config: of what is loaded. cut: which part of each tensor that is; None is all.
+        config: resolved for the model. shape: of what is loaded. cut: which part of each tensor
+            that is; None is all.
 
     Raises:
         ModelLoadError: names the file or the tensor that is missing, damaged or of a wrong shape.
     """
-    build = model_class(config.architecture)
-    dummy = load_format == "dummy"
-    keep_groups = quantization == "gguf"
-    tensors = iter(()) if dummy else open_tensors(path, load_format, keep_groups, cut)
+    assert config.max_model_len
+    build, quantization, tensors = model_class(shape.architecture), config.quantization, None
+    if config.load_format != "dummy":
+        tensors = open_tensors(path, config.load_format, quantization == "gguf", cut)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = build(config, max_positions).requires_grad_(False).eval()
+            model = build(shape, config.max_model_len).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(default)
 
     names = {module: name for name, module in model.named_modules()}
 
-    def pack(module: nn.Module, weight: Tensor | Groups) -> None:
-        if isinstance(module, Embedding) and config.tie_word_embeddings:
+    def pack(module: nn.Module, weight: "Tensor | Groups") -> None:
+        if isinstance(module, Embedding) and shape.tie_word_embeddings:
             pack(model.lm_head, weight)
         if isinstance(module, Linear):
             head = module is model.lm_head
@@ -66,30 +67,19 @@ def load_model(
             module.product = backend.pack(weight, module.bias, form)
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    if dummy:
-        from nanovllm.models.dummy import fill_randomly
+    if tensors is None:
+        from nanovllm.models.dummy import random_tensors
 
-        fill_randomly(model, seed)
-        for module in model.modules():
-            if isinstance(module, Embedding | Linear) and module.weight.numel():
-                pack(module, module.weight)
-    else:
-        fill(model, tensors, path, pack)
+        tensors = random_tensors(model, config.seed)
+    fill(model, tensors, path, pack)
     return model
-
-
-class Place(NamedTuple):
-    """Where a tensor of the checkpoint goes: a view of a parameter of a module."""
-
-    module: nn.Module
-    view: Tensor
 
 
 def fill(
     model: nn.Module,
-    tensors: Iterable[tuple[str, Tensor | Groups]],
+    tensors: "Iterable[tuple[str, Tensor | Groups]]",
     path: Path,
-    done: Callable[[nn.Module, Tensor | Groups], None] = lambda module, weight: None,
+    done: "Callable[[nn.Module, Tensor | Groups], None]" = lambda module, weight: None,
 ) -> None:
     """Copy each tensor of the checkpoint to its place; every place must be filled.
 
@@ -97,65 +87,50 @@ def fill(
         done: called with each module as soon as it has all of its tensors, and its weight.
     """
     places = destinations(model)
-    missing = Counter(place.module for place in places.values())
-    sizes: dict[nn.Module, int] = {}
+    missing = Counter(module for module, _ in places.values())
     for module in missing:  # a product's weight has memory only from its first tensor to packing
         if isinstance(module, Linear):
-            sizes[module] = module.weight.nbytes
             module.weight.untyped_storage().resize_(0)
-    grouped: dict[nn.Module, list[tuple[Place, Groups]]] = {}
+    grouped: dict[nn.Module, list[tuple[Tensor, Groups]]] = {}
     for name, tensor in tensors:
-        place = places.pop(name, None)
-        if place is None and name.endswith(UNUSED):
+        if name not in places and name.endswith(UNUSED):
             continue
-        if place is None:
+        if name not in places:
             raise ModelLoadError(f"{path}: tensor {name} has no place in this model (or is twice)")
-        if place.view.shape != tensor.shape:
-            shapes = f"is {list(tensor.shape)}, config.json says {list(place.view.shape)}"
+        module, view = places.pop(name)
+        if view.shape != tensor.shape:
+            shapes = f"is {list(tensor.shape)}, config.json says {list(view.shape)}"
             raise ModelLoadError(f"{path}: tensor {name} {shapes}")
-        storage = place.view.untyped_storage()
-        if not storage.nbytes():
-            storage.resize_(sizes[place.module])
-        if isinstance(tensor, Groups):
-            grouped.setdefault(place.module, []).append((place, tensor))
+        if not view.untyped_storage().nbytes():
+            view.untyped_storage().resize_(module.weight.nbytes)
+        if isinstance(tensor, Tensor):
+            view.copy_(tensor)
         else:
-            place.view.copy_(tensor)
-        missing[place.module] -= 1
-        if not missing[place.module]:
-            weight = join(place.module, grouped.pop(place.module, []))
+            grouped.setdefault(module, []).append((view, tensor))
+        missing[module] -= 1
+        if not missing[module]:
+            weight = getattr(module, "weight", None)
+            if module in grouped:
+                from nanovllm.models.groups import join
+
+                weight = join(module, grouped.pop(module))
             if weight is not None:
-                done(place.module, weight)
+                done(module, weight)
     if places:
-        names = sorted(places)
-        raise ModelLoadError(f"{path}: {len(names)} tensors are missing, the first is {names[0]}")
+        first = min(places)
+        raise ModelLoadError(f"{path}: {len(places)} tensors are missing, the first is {first}")
 
 
-def join(module: nn.Module, parts: list[tuple[Place, Groups]]) -> Tensor | Groups | None:
-    """The weight of a module whose tensors are all there, as groups if all of it came so."""
-    weight = getattr(module, "weight", None)
-    parts.sort(key=lambda part: part[0].view.storage_offset())
-    groups, bits = [groups for _, groups in parts], {groups.bits for _, groups in parts}
-    rows = sum(len(part.q) for part in groups)
-    if isinstance(module, Linear) and rows == len(module.weight) and len(bits) == 1:
-        arrays = zip(*(part.arrays for part in groups), strict=True)
-        return Groups(bits.pop(), *map(torch.cat, arrays))
-    for place, part in parts:
-        part.dequantize_to(place.view)
-    return groups[0] if isinstance(module, Embedding) and groups else weight
-
-
-def destinations(model: nn.Module) -> dict[str, Place]:
-    """The place of each tensor, by its name in the checkpoint."""
-    places: dict[str, Place] = {}
-    known: set[int] = set()
-    for path, module in model.named_modules():
+def destinations(model: nn.Module) -> dict[str, tuple[Any, Tensor]]:
+    """Where each tensor of the checkpoint goes: a module, and a view of one of its parameters."""
+    places: dict[str, tuple[Any, Tensor]] = {}
+    for name, parameter in model.named_parameters():  # a tied head is filled with the embedding
+        path = name.rpartition(".")[0]
+        module: Any = model.get_submodule(path)
         if hasattr(module, "checkpoint_views"):
             parent = path.rpartition(".")[0]
             views = module.checkpoint_views()
-            places |= {f"{parent}.{name}": Place(module, view) for name, view in views.items()}
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in known:  # a tied head is filled with the embedding
-                known.add(id(parameter))
-                places[f"{path}.{name}"] = Place(module, parameter.data)
+            places |= {f"{parent}.{name}": (module, view) for name, view in views.items()}
+        else:
+            places[name] = module, parameter.data
     return places

@@ -1,12 +1,9 @@
 """Which file holds which architecture."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from nanovllm.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from nanovllm.models.llama import LlamaForCausalLM
+from nanovllm.models.llama import LlamaForCausalLM
 
 # "architectures" of config.json -> (module, class)
 ARCHITECTURES: dict[str, tuple[str, str]] = {
@@ -18,7 +15,7 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
 }
 
 
-def model_class(architecture: str) -> "type[LlamaForCausalLM]":
+def model_class(architecture: str) -> type[LlamaForCausalLM]:
     """The class for an architecture; its module is imported now.
 
     Raises:

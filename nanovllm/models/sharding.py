@@ -12,10 +12,12 @@ hands it.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-import msgspec
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nanovllm.errors import ConfigError
 from nanovllm.kernels import AttentionBatch, Backend, Form, KVCache, Ops, Product
@@ -65,7 +67,7 @@ class Division:
         self.kv_heads = slice(first, first + max(num_kv_heads // size, 1))
         num_experts = config.extra.get("num_experts") or config.extra.get("num_local_experts")
         self.experts = uneven(num_experts, rank, size) if num_experts else None
-        self.local = msgspec.structs.replace(
+        self.local = replace(
             config,
             num_heads=length(self.heads),
             num_kv_heads=length(self.kv_heads),
@@ -133,11 +135,18 @@ class DividedBackend:
 def connect(model: nn.Module, division: Division, collective: Collective) -> None:
     """Let what is no product be summed too: embeddings, and the results of experts."""
     for module in model.modules():
+        part: Any = module
         if hasattr(module, "combine"):
-            part: Any = module
             part.combine = collective.sum
         if isinstance(module, Embedding):
-            module.first = division.vocab.start
+            part.forward = partial(look_up, module, division.vocab.start, collective)
+
+
+def look_up(held: Embedding, first: int, collective: Collective, input_ids_T: Tensor) -> Tensor:
+    """The vectors of token ids, of which this rank holds those from `first` on."""
+    rows_T = input_ids_T - first
+    here_T = (rows_T >= 0) & (rows_T < len(held.weight))
+    return collective.sum(F.embedding(rows_T * here_T, held.weight) * here_T[:, None])
 
 
 def cut_tensors(

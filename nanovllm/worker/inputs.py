@@ -42,9 +42,8 @@ class SequenceTable:
         self.block_size = block_size
         self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int64)
         self.block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int64)
-        self.num_tokens, self.num_computed, self.num_stored, self.num_blocks = np.zeros(
-            (4, max_num_seqs), np.int64
-        )
+        counts = np.zeros((4, max_num_seqs), np.int64)
+        self.num_tokens, self.num_computed, self.num_stored, self.num_blocks = counts
         self.sequences: dict[int, NewSequence] = {}
         self.row_of: dict[int, int] = {}
         self.free_rows = list(range(max_num_seqs))
@@ -80,14 +79,10 @@ class SequenceTable:
         slots[positions < self.num_stored[token_rows]] = -1
         self.num_computed[rows] = ends
         tables = self.block_tables[rows, : blocks.max() + 1]
-        return StepInputs(
-            torch.from_numpy(self.token_ids[token_rows, positions]),
-            torch.from_numpy(positions),
-            AttentionBatch(*map(torch.from_numpy, (query_starts, ends, tables, slots))),
-            rows,
-            starts,
-            np.flatnonzero(ends == self.num_tokens[rows]),
-        )
+        sampled = np.flatnonzero(ends == self.num_tokens[rows])
+        arrays = self.token_ids[token_rows, positions], positions, query_starts, ends, tables, slots
+        input_ids_T, positions_T, *batch = map(torch.from_numpy, arrays)
+        return StepInputs(input_ids_T, positions_T, AttentionBatch(*batch), rows, starts, sampled)
 
     def append(self, rows: Array, token_ids: list[int]) -> None:
         """A new last token for each row."""

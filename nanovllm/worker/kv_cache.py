@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
@@ -12,7 +13,7 @@ from nanovllm.models.config import ModelConfig
 CPU_LIMIT = 4 << 30  # bytes; the system gives a page when it is first written
 
 
-def num_kv_blocks(config: EngineConfig, model: ModelConfig, like: torch.Tensor) -> int:
+def num_kv_blocks(config: EngineConfig, model: ModelConfig, like: Tensor) -> int:
     """Blocks of the pool: as the settings say, or as many as the memory holds and all sequences
     together could use. Call it with the weights in place.
 
@@ -41,9 +42,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, like: torch.Tensor) 
     return min(fitting, config.max_num_seqs * -(-config.max_model_len // config.block_size))
 
 
-def allocate(
-    model: ModelConfig, num_blocks: int, block_size: int, like: torch.Tensor
-) -> list[KVCache]:
+def allocate(model: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> list[KVCache]:
     """A cache for each layer; unwritten blocks hold nothing meaningful."""
     shape = (num_blocks, model.num_kv_heads, block_size, model.head_dim)
     return [KVCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(model.num_layers)]

@@ -37,7 +37,7 @@ class ModelRunner:
         path: Path,
         ranks: "Ranks | None" = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.choose = ranks, sample if ranks is None else ranks.sample
         self.model, self.backend, self.caches, self.table = model, backend, caches, table
         self.device, self.config, self.path = caches[0].k.device, config, path
         self.grammars: Grammars | None = None
@@ -57,18 +57,17 @@ class ModelRunner:
         inputs = table.prepare(plan)
         last_R = upload(inputs.attention.query_starts[inputs.sampled + 1] - 1, self.device)
         result = StepResult([-1] * len(plan.seq_ids))
-        if any(table.sequences[row].params.prompt_logprobs is not None for row in inputs.rows):
+        of_prompt = any(table.sequences[r].params.prompt_logprobs is not None for r in inputs.rows)
+        hidden = self.forward(inputs, None if of_prompt else last_R)
+        if of_prompt:
             from nanovllm.worker.logprobs import prompt_logprobs
 
-            hidden_TH = self.forward(inputs)
             follows = self.ranks is not None and self.ranks.rank > 0
-            found = prompt_logprobs(self.model, table, inputs, hidden_TH, follows=follows)
+            found = prompt_logprobs(self.model, table, inputs, hidden, follows=follows)
             result.prompt_logprobs.update(found)
-            hidden_RH = hidden_TH[last_R]
-        else:
-            hidden_RH = self.forward(inputs, last_R)
+            hidden = hidden[last_R]
         if len(inputs.sampled):
-            self.sample(plan, inputs, hidden_RH, result)
+            self.sample(plan, inputs, hidden, result)
         return result
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -101,17 +100,11 @@ class ModelRunner:
         """A token for each sequence whose last token was computed, into the result."""
         table, rows = self.table, inputs.rows[inputs.sampled]
         logits_RV = self.model.logits(hidden_RH).float()
-        if self.ranks is not None and self.ranks.rank:  # the leader samples
-            table.append(rows, self.ranks.share([-1] * len(rows)))
-            return
         known = [(table.sequences[r], table.token_ids[r, : table.num_tokens[r]]) for r in rows]
-        samples = sample(logits_RV, known, self.grammars)
+        samples = self.choose(logits_RV, known, self.grammars)
+        table.append(rows, samples.token_ids)
         for i, token_id in zip(inputs.sampled, samples.token_ids, strict=True):
             result.token_ids[i] = token_id
-        if self.ranks is not None:
-            self.ranks.share(samples.token_ids)
-        table.append(rows, samples.token_ids)
-        for i, entry in samples.logprobs.items():
-            result.logprobs[plan.seq_ids[inputs.sampled[i]]] = entry
-        for i, message in samples.errors.items():
-            result.errors[plan.seq_ids[inputs.sampled[i]]] = message
+        seq_ids = [seq.seq_id for seq, _ in known]
+        result.logprobs.update((seq_ids[i], entry) for i, entry in samples.logprobs.items())
+        result.errors.update((seq_ids[i], message) for i, message in samples.errors.items())

@@ -34,7 +34,6 @@ class Rank:
     def __init__(
         self, config: EngineConfig, whole: ModelConfig, path: Path, ranks: "Ranks | None" = None
     ) -> None:
-        assert config.max_model_len and config.max_num_seqs
         self.config, self.whole, self.path, self.ranks = config, whole, path, ranks
         self.device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, whole.dtype, self.device)
@@ -46,18 +45,13 @@ class Rank:
         self.part, cut, packer = whole, None, self.backend
         if ranks is not None:
             self.part, cut, packer = ranks.divide(whole, self.backend)
-        self.model = load_model(
-            path, self.part, packer, dtype=dtype, device=self.device, seed=config.seed,
-            load_format=config.load_format, max_positions=config.max_model_len,
-            quantization=config.quantization, cut=cut,
-        )  # fmt: skip
+        what = config, self.part, path, packer
+        self.model = load_model(*what, dtype=dtype, device=self.device, cut=cut)
         if ranks is not None:
             ranks.connect(self.model)
         self.like = torch.empty(0, dtype=dtype, device=self.device)
-        if (
-            self.device.type == "cuda"
-        ):  # what steps and graphs take is theirs; the cache has the rest
-            self.runner(1)
+        if self.device.type == "cuda":
+            self.runner(1)  # what steps and graphs take is theirs; the cache has the rest
         self.num_blocks = num_kv_blocks(config, self.part, self.like)
 
     def runner(self, num_blocks: int) -> ModelRunner:

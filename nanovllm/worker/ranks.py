@@ -1,17 +1,23 @@
 """Ranks: the processes that share a model, as one of them sees them."""
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
+from nanovllm.core.plan import NewSequence
 from nanovllm.kernels import Backend
 from nanovllm.models.checkpoint import Cut
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.sharding import DividedBackend, Division, connect
+from nanovllm.worker.inputs import Array
+from nanovllm.worker.sampler import Samples, sample
+
+if TYPE_CHECKING:
+    from nanovllm.worker.grammar import Grammars
 
 
 class Ranks:
@@ -64,6 +70,19 @@ class Ranks:
         options.rootRank = 0
         self.group.gather([parts] if parts else [], [own], options).wait()
         return torch.cat(parts, 1)[:, : self.vocab_size] if parts else x_RV
+
+    def sample(
+        self,
+        logits_RV: Tensor,
+        rows: list[tuple[NewSequence, Array]],
+        grammars: "Grammars | None" = None,
+    ) -> Samples:
+        """See sampler.sample: the leader does, and the others get its tokens."""
+        if self.rank:
+            return Samples(self.share([-1] * len(rows)))
+        samples = sample(logits_RV, rows, grammars)
+        self.share(samples.token_ids)
+        return samples
 
     def share(self, token_ids: list[int]) -> list[int]:
         """The leader's token ids; of the others only the number counts."""

@@ -68,22 +68,18 @@ def choose(logits_RV: Tensor, rows: list[tuple[NewSequence, Array]]) -> Tensor:
     if drawn:
         numbers = [uniform(rows[i][0].params.seed or 0, len(rows[i][1])) for i in drawn]
         temperatures = [rows[i][0].params.temperature for i in drawn]
-        all_drawn = len(drawn) == len(rows)
-        some_RV = logits_RV if all_drawn else logits_RV[drawn]
-        found_R = draw(some_RV, temperatures, numbers)
-        chosen_R = (
-            found_R if all_drawn else chosen_R.index_copy(0, upload(drawn, found_R.device), found_R)
-        )
+        if len(drawn) == len(rows):
+            chosen_R = draw(logits_RV, temperatures, numbers)
+        else:
+            found_R = draw(logits_RV[drawn], temperatures, numbers)
+            chosen_R = chosen_R.index_copy(0, upload(drawn, found_R.device), found_R)
     return chosen_R.where(possible_R, -1)
 
 
 def argmax(logits_RV: Tensor) -> Tensor:
     """The likeliest token of each row; on a CPU by NumPy, which takes a tenth of torch's time."""
-    return (
-        logits_RV.argmax(-1)
-        if logits_RV.is_cuda
-        else torch.from_numpy(logits_RV.numpy().argmax(-1))
-    )
+    on_gpu = logits_RV.is_cuda
+    return logits_RV.argmax(-1) if on_gpu else torch.from_numpy(logits_RV.numpy().argmax(-1))
 
 
 def draw(logits_RV: Tensor, temperatures: list[float], numbers: list[float]) -> Tensor:

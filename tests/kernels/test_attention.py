@@ -199,7 +199,7 @@ def test_the_cpu_kernel_is_the_reference(case: Case) -> None:
 @example(case=Case(sequences=[(16, 1), (15, 2)], head_dim=64, dtype=BF16, num_cached=1))
 def test_the_native_kernel_is_the_reference(case: Case) -> None:
     batch = Batch(case, turn=6)
-    actual, cache = batch.run(native.Native(), to_units(batch.cache))
+    actual, cache = batch.run(native, to_units(batch.cache))
     expected, expected_cache = batch.run(reference)
     assert_near(actual, expected)
     found = from_units(cache)
@@ -234,14 +234,14 @@ def from_units(cache: KVCache) -> KVCache:
 @needs_native
 def test_leftovers_that_are_no_numbers_do_not_reach_another_sequence() -> None:
     batch = Batch(Case(sequences=[(20, 1), (0, 3), (4, 1)], head_dim=64, dtype=BF16))
-    expected, _ = batch.run(native.Native(), to_units(batch.cache))
+    expected, _ = batch.run(native, to_units(batch.cache))
     cache = KVCache(batch.cache.k.clone(), batch.cache.v.clone())
     seen = torch.zeros(len(cache.k) * 16, dtype=torch.bool)
     for i, (start, count) in enumerate(batch.case.sequences):
         seen[batch.slots(i, torch.arange(start + count))] = True
     block, offset = (~seen).nonzero()[:, 0] // 16, (~seen).nonzero()[:, 0] % 16
     cache.k[block, :, offset], cache.v[block, :, offset] = torch.nan, torch.nan
-    actual, _ = batch.run(native.Native(), to_units(cache))
+    actual, _ = batch.run(native, to_units(cache))
     assert torch.equal(actual, expected)
 
 
@@ -251,7 +251,7 @@ def choose(name: str, dtype: torch.dtype, device: str = "cpu", *shape: int) -> B
 
 @needs_native
 def test_auto_is_the_native_kernels_for_bfloat16() -> None:
-    assert isinstance(choose("auto", BF16), native.Native)
+    assert choose("auto", BF16) is native
 
 
 @pytest.mark.parametrize("shape", [(80, 16), (64, 8)])
@@ -269,6 +269,11 @@ def test_naming_the_native_kernels_for_what_they_cannot_do_is_refused() -> None:
         choose("native", torch.float32)
 
 
+def test_naming_the_cpu_kernel_for_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cpu.*: computes in float32 or bfloat16 on a CPU, not"):
+        choose("cpu", torch.float16)
+
+
 def test_a_cpu_without_the_instructions_gets_the_next_best(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -283,7 +288,8 @@ def test_a_cpu_that_could_but_has_no_compiler_gets_the_next_best_and_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(native.NEEDED_FLAGS))
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "functions", native.functions.__wrapped__)
+    monkeypatch.setattr(native.build, "compiler", lambda: None)
     assert choose("auto", BF16).__name__ == "nanovllm.kernels.cpu"  # type: ignore[attr-defined]
     assert "no native kernels: needs a C++ compiler: install g++, or set CXX" in caplog.text
 

@@ -38,10 +38,10 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 def test_the_native_norms_are_the_reference(rows: int, size: int, scale: float) -> None:
     x, residual, weight = random(rows, size, scale=scale), random(rows, size), random(size)
     expected = ops(reference, F32).norm(x.float(), weight.float(), 1e-5)
-    assert_near(ops(native.Native(), BF16).norm(x, weight, 1e-5), expected)
+    assert_near(ops(native, BF16).norm(x, weight, 1e-5), expected)
     total = (x.float() + residual.float()).to(BF16)
     expected = ops(reference, F32).norm(total.float(), weight.float(), 1e-5)
-    assert_near(ops(native.Native(), BF16).add_norm(x, residual, weight, 1e-5), expected)
+    assert_near(ops(native, BF16).add_norm(x, residual, weight, 1e-5), expected)
     assert torch.equal(residual, total)
 
 
@@ -49,7 +49,7 @@ def test_the_native_norms_are_the_reference(rows: int, size: int, scale: float) 
 def test_the_native_norm_of_heads_that_lie_between_others() -> None:
     x, weight = random(5, 7, 64)[:, 2:5], random(64)
     expected = ops(reference, F32).norm(x.float(), weight.float(), 1e-5)
-    assert_near(ops(native.Native(), BF16).norm(x, weight, 1e-5), expected)
+    assert_near(ops(native, BF16).norm(x, weight, 1e-5), expected)
 
 
 SHAPES = {
@@ -100,7 +100,7 @@ def test_a_native_product_is_that_with_the_rounded_weight(
 ) -> None:
     columns *= 1 + form.gated
     x, weight, added = random(rows, size), random(columns, size), random(columns) if bias else None
-    actual = native.Native().pack(weight.clone(), added, form)(x)
+    actual = native.pack(weight.clone(), added, form)(x)
     native_form = not form.gated or columns % 32 == 0
     x = in_bytes(x) if form.quantization == "int8" and native_form else x
     dense = rounded(weight, form.quantization, F32 if native_form else BF16)
@@ -123,7 +123,7 @@ def test_other_products_are_those_with_the_rounded_weight(
 @pytest.mark.parametrize(("size", "kind"), [(3, None), (34, "int4"), (34, "int8"), (31, "int8")])
 def test_sizes_that_the_native_products_cannot_do(size: int, kind: str | None) -> None:
     x, weight, form = random(5, size), random(40, size), Form(BF16, BF16, kind)
-    actual = native.Native().pack(weight.clone(), None, form)(x)
+    actual = native.pack(weight.clone(), None, form)(x)
     assert_product(actual, x, rounded(weight, kind, BF16), None, form)
 
 
@@ -134,7 +134,7 @@ def test_a_product_from_groups_is_that_with_their_numbers(rows: int, size: int, 
     q = torch.randint(0, 2**bits, (40, size), dtype=torch.uint8)
     scale, minimum = torch.rand(40, size // 32).half() / 2**bits, -torch.rand(40, size // 32).half()
     groups, x = Groups(bits, q, scale, minimum), random(rows, size)
-    product = native.Native().pack(groups, None, Form(BF16, F32, "gguf"))
+    product = native.pack(groups, None, Form(BF16, F32, "gguf"))
     expected = x.float() @ groups.dequantize().T
     torch.testing.assert_close(product(x), expected, rtol=0, atol=0.02 * size**0.5)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm.config import EngineConfig
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import reference
 from nanovllm.models.checkpoint import locate, open_tensors, read_config
@@ -34,13 +35,12 @@ def folder(tmp_path: Path) -> Path:
 
 def load(path: Path, load_format: str = "auto") -> LlamaForCausalLM:
     return load_model(
-        path,
+        EngineConfig(load_format=load_format, max_model_len=8),
         read_config(path),
+        path,
         reference,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        load_format=load_format,
-        max_positions=8,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nanovllm.config import EngineConfig
 from nanovllm.errors import MissingDependencyError, ModelLoadError
 from nanovllm.kernels import reference
 from nanovllm.kernels.quantized import Groups
@@ -131,7 +133,7 @@ def test_tensors_are_those_of_the_hugging_face_checkpoint(pair: tuple[Path, Path
 
 def test_config_is_that_of_the_hugging_face_checkpoint(pair: tuple[Path, Path]) -> None:
     expected, found = ModelConfig.from_folder(pair[0]), gguf_config(pair[1])
-    for name in ModelConfig.__struct_fields__:
+    for name in (field.name for field in fields(ModelConfig)):
         if name not in ("extra", "rope_scaling", "sliding_window"):
             assert getattr(found, name) == getattr(expected, name), name
     if expected.architecture == "Qwen3MoeForCausalLM":
@@ -154,13 +156,12 @@ def test_transformers_loads_what_convert_writes(pair: tuple[Path, Path], tmp_pat
 def test_a_gguf_file_is_a_model_for_the_engine(tmp_path: Path) -> None:
     path = small_gguf(tmp_path / "model.gguf")
     model = load_model(
-        path,
+        EngineConfig(max_model_len=8),
         read_config(path),
+        path,
         reference,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        load_format="auto",
-        max_positions=8,
     )
     expected = torch.from_numpy(small_tensors()["token_embd.weight"])
     torch.testing.assert_close(model.logits(torch.eye(8)).T, expected, rtol=0, atol=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nanovllm.config import EngineConfig
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels import Form, Product, reference
 from nanovllm.kernels.quantized import Groups
@@ -150,14 +151,12 @@ def load(path: Path, quantization: str) -> tuple[LlamaForCausalLM, Recorder]:
     packed comes with it, the head first."""
     backend = Recorder()
     model = load_model(
-        path,
+        EngineConfig(max_model_len=8, quantization=quantization),
         read_config(path),
+        path,
         backend,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        load_format="auto",
-        max_positions=8,
-        quantization=quantization,
     )
     return model, backend
 

@@ -22,15 +22,7 @@ def make_rope(
     max_positions: int,
     original_positions: int,
 ) -> Rope:
-    return Rope(
-        head_dim,
-        theta,
-        scaling,
-        max_positions,
-        original_positions,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    return Rope(head_dim, theta, scaling, max_positions, original_positions)
 
 
 def transformers_table(
@@ -101,7 +93,9 @@ def test_a_row_of_the_dynamic_kind_is_for_the_length_that_ends_there(position: i
 
 
 def test_rotate_turns_each_pair_by_its_angle() -> None:
-    rope = make_rope({}, head_dim=4, theta=100.0, max_positions=4, original_positions=4)
+    rope = make_rope(
+        {"rope_type": "default"}, head_dim=4, theta=100.0, max_positions=4, original_positions=4
+    )
     x = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])  # pairs (x0, x2) and (x1, x3)
     turned = rotate(x, rope.select(torch.tensor([3])))
     # 3 positions of 1 radian and of 1/10: their cosines, then their sines

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.kernels import reference
 from nanovllm.kernels.quantized import to_groups
@@ -56,13 +57,12 @@ class ThreadRank:
 def part(folder: Path, collective: ThreadRank, size: int) -> tuple[LlamaForCausalLM, ModelConfig]:
     division = Division(ModelConfig.from_folder(folder), collective.rank, size)
     model = load_model(
-        folder,
+        EngineConfig(max_model_len=LONGEST),
         division.local,
+        folder,
         DividedBackend(reference, collective.rank, collective),  # type: ignore[arg-type]
         dtype=torch.float32,
         device=torch.device("cpu"),
-        load_format="auto",
-        max_positions=LONGEST,
         cut=division.cut,
     )
     connect(model, division, collective)

@@ -5,17 +5,19 @@ The sources beside this file are read in this order: tile.h, linear.cpp, attenti
 """
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_float, c_long, c_void_p
 from functools import cache
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import Angles, AttentionBatch, Form, KVCache, Product, reference
-from nanovllm.kernels.native.build import CompileError, compiler, cpu_flags, library
-from nanovllm.kernels.quantized import Groups, to_channels, to_groups
+from nanovllm.kernels import Angles, AttentionBatch, Backend, Form, KVCache, Product, log
+from nanovllm.kernels.native.build import CompileError, cpu_flags, library
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.quantized import Groups
 
 NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 COLUMNS = 32  # of W in a panel
@@ -28,24 +30,18 @@ SIGNATURES = {
 }
 
 
-def missing_flags() -> set[str]:
-    """What this CPU cannot do, but these kernels need."""
-    return NEEDED_FLAGS - cpu_flags()
-
-
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Why these kernels cannot be used, or nothing."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"computes in bfloat16 on a CPU, not in {dtype} on {device}"
     if head_dim % 32 or block_size % 16:
         return f"needs heads of 32·n and blocks of 16·n, not {head_dim} and {block_size}"
-    if missing := missing_flags():
+    if missing := NEEDED_FLAGS - cpu_flags():
         return f"this CPU lacks {', '.join(sorted(missing))}"
-    if not compiler():
-        return "needs a C++ compiler: install g++, or set CXX"
     try:
         functions()
     except (OSError, CompileError) as error:
+        log.warning("no native kernels: %s", error)  # but there could be
         return f"cannot be compiled ({error}); NANOVLLM_CACHE sets where, CXX by what"
     return ""
 
@@ -60,35 +56,29 @@ def functions() -> ctypes.CDLL:
     return found
 
 
-class Native:
-    """See kernels.Backend."""
+def make(device: torch.device) -> Backend:
+    return import_module(__name__)
 
-    def __init__(self) -> None:
-        self.kernels = functions()
 
-    def plan(self, batch: AttentionBatch, caches: list[KVCache]) -> "NativeOps":
-        return NativeOps(self.kernels, batch, caches)
+def pack(weight: "Tensor | Groups", bias: Tensor | None, form: Form) -> Product:
+    columns, size = weight.shape
+    plain = isinstance(weight, Tensor) and form.quantization in (None, "gguf")
+    if size % (2 if plain else 32) or (form.gated and columns % COLUMNS):
+        from nanovllm.kernels import reference
 
-    def pack(self, weight: Tensor | Groups, bias: Tensor | None, form: Form) -> Product:
-        columns, size = weight.shape
-        grouped, kind = isinstance(weight, Groups), form.quantization
-        whole = size % 32 == 0 if grouped or kind else size % 2 == 0
-        if not whole or (form.gated and columns % COLUMNS):
-            return reference.pack(weight, bias, form)
-        if form.gated:
-            order = torch.arange(columns).view(2, -1, 16).transpose(0, 1).flatten()
-            weight = weight.take(order) if isinstance(weight, Groups) else weight[order]
-            bias = None if bias is None else bias[order]
-        described = Described(columns=columns, size=size)
-        if isinstance(weight, Groups) or kind == "int4":
-            described.kind = 5 if isinstance(weight, Groups) and weight.bits == 8 else 4
-            arrays = in_slices(pack_groups, weight)
-        elif kind == "int8":
-            described.kind, described.group = 8, 64 if size % 64 == 0 else 32
-            arrays = in_slices(pack_int8, weight)
-        else:
-            described.kind, arrays = 16, in_slices(pack_bf16, weight)
-        return Panels(self.kernels.linear, described, arrays, bias, form)
+        return reference.pack(weight, bias, form)
+    if form.gated:
+        order = torch.arange(columns).view(2, -1, 16).transpose(0, 1).flatten()
+        weight, bias = weight[order], None if bias is None else bias[order]
+    described = Described(kind=16, columns=columns, size=size)
+    arrange: Any = pack_bf16
+    if not plain:
+        from nanovllm.kernels.native.quantized import describe
+
+        arrange = describe(described, weight, form.quantization)
+    # some rows at a time: temporaries stay small
+    slices = zip(*map(arrange, weight.split(64 * COLUMNS)), strict=True)
+    return Panels(described, [torch.cat(parts) for parts in slices], bias, form)
 
 
 class Described(ctypes.Structure):
@@ -111,29 +101,22 @@ class Panels:
     """
 
     def __init__(
-        self, function: Any, described: Described, arrays: list[Tensor], bias: Tensor | None,
-        form: Form,
-    ) -> None:  # fmt: skip
-        self.function, self.described, self.dtype = function, described, form.result
-        bias = None if bias is None else panels(bias)
-        self.kept = arrays, bias  # the pointers are into these
-        described.weights = arrays[0].data_ptr()
-        described.scales = arrays[1].data_ptr() if len(arrays) > 1 else None
-        described.bias = None if bias is None else bias.data_ptr()
+        self, described: Described, arrays: list[Tensor], bias: Tensor | None, form: Form
+    ) -> None:
+        self.function, self.described, self.dtype = functions().linear, described, form.result
+        self.kept = [*arrays, *[None] * (2 - len(arrays)), None if bias is None else panels(bias)]
+        pointers = [None if array is None else array.data_ptr() for array in self.kept]
+        described.weights, described.scales, described.bias = pointers
         described.is_float, described.gated = form.result == torch.float32, form.gated
         self.pointer = ctypes.addressof(described)
         self.width = described.columns // 2 if form.gated else described.columns
-        self.place = torch.empty((FEW_ROWS, self.width), dtype=self.dtype)
-        self.results: dict[int, Tensor] = {}  # rows -> the place of so many
+        place = torch.empty((FEW_ROWS, self.width), dtype=self.dtype)
+        self.results = [place[:rows] for rows in range(FEW_ROWS + 1)]
 
     def __call__(self, x: Tensor) -> Tensor:
         x, rows = x.contiguous(), len(x)
-        y = self.results.get(rows)
-        if y is None:
-            few = rows <= FEW_ROWS
-            y = self.place[:rows] if few else torch.empty((rows, self.width), dtype=self.dtype)
-            if few:
-                self.results[rows] = y
+        few = rows <= FEW_ROWS
+        y = self.results[rows] if few else torch.empty((rows, self.width), dtype=self.dtype)
         self.function(self.pointer, x.data_ptr(), y.data_ptr(), rows)
         return y
 
@@ -145,54 +128,18 @@ def panels(array: Tensor) -> Tensor:
     return whole
 
 
-def in_slices(form: Callable[[Any], list[Tensor]], weight: Tensor | Groups) -> list[Tensor]:
-    """What `form` makes of the weight, some rows at a time: its temporaries stay small."""
-    rows = 64 * COLUMNS
-    if isinstance(weight, Groups):
-        parts = zip(*(part.split(rows) for part in weight.arrays), strict=True)
-        slices: Any = [Groups(weight.bits, *part) for part in parts]
-    else:
-        slices = weight.split(rows)
-    return [torch.cat(arrays) for arrays in zip(*map(form, slices), strict=True)]
-
-
 def pack_bf16(weight: Tensor) -> list[Tensor]:
     """[panels, C / 2, 32, 2]."""
     return [panels(weight).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()]
 
 
-def pack_int8(weight: Tensor) -> list[Tensor]:
-    """[panels, C / 4, 32, 4] as q + 128, and the scales of the columns."""
-    q, scales = to_channels(weight)
-    unsigned = panels(q.view(torch.uint8) ^ 128).unflatten(2, (-1, 4))
-    return [unsigned.transpose(1, 2).contiguous(), panels(scales)]
-
-
-def pack_groups(weight: Tensor | Groups) -> list[Tensor]:
-    """[panels, G, bytes]: a plane for each 4 bits, the scales, the minima (see linear.cpp)."""
-    groups = to_groups(weight, 4) if isinstance(weight, Tensor) else weight
-    planes = [groups.q] if groups.bits == 4 else [groups.q >> 4, groups.q & 15]
-    parts = []
-    for plane in planes:
-        low, high = panels(plane).unflatten(1, (2, 16)).unflatten(3, (-1, 16, 2)).unbind(1)
-        bytes_ = low | high << 4  # [panels, 16 columns, G, 16 pairs, 2]
-        parts.append(bytes_.permute(0, 2, 3, 1, 4).flatten(2))
-    for halves in (groups.scale, groups.minimum):
-        lines = panels(halves).transpose(1, 2).contiguous()  # [panels, G, 32]
-        parts.append(lines.view(torch.uint8))
-    return [torch.cat(parts, dim=2)]
-
-
 class NativeOps:
     """One batch's operations; see kernels.Ops."""
 
-    def __init__(self, kernels: ctypes.CDLL, batch: AttentionBatch, caches: list[KVCache]) -> None:
-        self.kernels, self.caches = kernels, caches
-        batch = AttentionBatch(*(part.contiguous() for part in batch))
-        self.batch = batch  # holds the memory that the pointers mean
-        slots, starts = batch.slots.data_ptr(), batch.query_starts.data_ptr()
-        lengths, tables = batch.context_lens.data_ptr(), batch.block_tables.data_ptr()
-        self.places = slots, starts, lengths, tables, batch.block_tables.shape[1]
+    def __init__(self, batch: AttentionBatch, caches: list[KVCache]) -> None:
+        self.kernels, self.caches = functions(), caches
+        self.batch = [part.contiguous() for part in batch]  # what the pointers point into
+        self.places = *(part.data_ptr() for part in self.batch), batch.block_tables.shape[1]
         self.num_seqs = len(batch.context_lens)
 
     def attend(
@@ -213,15 +160,15 @@ class NativeOps:
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         heads = x if x.dim() == 3 else x[:, None]
         y = torch.empty(heads.shape, dtype=x.dtype)
-        self.kernels.norm(
-            x.data_ptr(), heads.stride(0), weight.data_ptr(), eps, y.data_ptr(), *heads.shape
-        )
+        read = x.data_ptr(), heads.stride(0), weight.data_ptr(), eps
+        self.kernels.norm(*read, y.data_ptr(), *heads.shape)
         return y.view(x.shape)
 
     def add_norm(self, x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x_TH)
-        self.kernels.add_norm(
-            x_TH.data_ptr(), residual_TH.data_ptr(), weight.data_ptr(), eps, y.data_ptr(),
-            *x_TH.shape,
-        )  # fmt: skip
+        read = x_TH.data_ptr(), residual_TH.data_ptr(), weight.data_ptr(), eps
+        self.kernels.add_norm(*read, y.data_ptr(), *x_TH.shape)
         return y
+
+
+plan = NativeOps

@@ -175,8 +175,8 @@ extern "C" {
 //   window: positions seen, from the own one back; 0 is all. out [T, heads, D].
 // D is a multiple of 32, block_size of 16.
 void attention(const bf16* q, long q_stride, const bf16* k, long k_stride, const bf16* v,
-               long v_stride, const bf16* cos, const bf16* sin, const int64_t* slots,
-               const int64_t* query_starts, const int64_t* context_lens, const int64_t* tables,
+               long v_stride, const bf16* cos, const bf16* sin, const int64_t* query_starts,
+               const int64_t* context_lens, const int64_t* tables, const int64_t* slots,
                long table_stride, bf16* k_cache, bf16* v_cache, bf16* out, long num_seqs,
                long heads, long kv_heads, long size, long block_size, long window) {
   Rotation rotation{cos, sin, size};

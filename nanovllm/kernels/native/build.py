@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +23,8 @@ class CompileError(Exception):
 @cache
 def cpu_flags() -> frozenset[str]:
     """What the CPU can do, as Linux names it; nothing where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
 
@@ -40,10 +39,11 @@ def library() -> Path:
     """The compiled kernels, from the cache if they are there.
 
     Raises:
-        OSError: the cache cannot be written. CompileError: the compiler failed.
+        OSError: the cache cannot be written. CompileError: the compiler failed, or there is none.
     """
     files, command = sorted(SOURCES.glob("*.cpp")), compiler()
-    assert command
+    if command is None:
+        raise CompileError("needs a C++ compiler: install g++, or set CXX")
     key = hashlib.sha256("\0".join([*OPTIONS, command, *sorted(cpu_flags())]).encode())
     for file in [*files, SOURCES / "tile.h"]:
         key.update(file.read_bytes())
@@ -53,24 +53,19 @@ def library() -> Path:
     print("Compiling kernels for this CPU (once) ...", file=sys.stderr, flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        made = Path(folder) / target.name
-        compile_all(command, files, Path(folder), made)
+        made, objects = Path(folder, "all.so"), [Path(folder, f"{file.stem}.o") for file in files]
+        with ThreadPoolExecutor() as pool:  # each file at the same time
+            list(pool.map(lambda file, made: run(command, "-c", file, "-o", made), files, objects))
+        run(command, "-shared", *objects, "-o", made)
         os.replace(made, target)  # another process may do the same
     return target
 
 
-def compile_all(command: str, files: list[Path], folder: Path, target: Path) -> None:
-    """Each file at the same time, then all together."""
-    objects = [folder / f"{file.stem}.o" for file in files]
-    parts = [
-        subprocess.Popen([command, *OPTIONS, "-c", file, "-o", made], stderr=subprocess.PIPE)
-        for file, made in zip(files, objects, strict=True)
-    ]
-    errors = [part.communicate()[1].decode(errors="replace") for part in parts]
-    link = [command, *OPTIONS, "-shared", *map(str, objects), "-o", str(target)]
-    if not any(part.returncode for part in parts):
-        done = subprocess.run(link, capture_output=True, text=True)
-        if done.returncode == 0:
-            return
-        errors.append(done.stderr)
-    raise CompileError(f"{command}: {''.join(errors)[-2000:]}")
+def run(command: str, *arguments: str | Path) -> None:
+    """
+    Raises:
+        CompileError: the compiler failed.
+    """
+    done = subprocess.run([command, *OPTIONS, *arguments], capture_output=True, errors="replace")
+    if done.returncode:
+        raise CompileError(f"{command}: {done.stderr[-2000:]}")

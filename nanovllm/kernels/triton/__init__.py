@@ -28,7 +28,7 @@ MAX_SPLITS = 64
 TILE_BYTES = 16384  # of the keys that a program holds at a time; twice that with their values
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """Why these kernels cannot be used, or nothing."""
     on_gpu = device.type == "cuda"
     if not (torch.cuda.is_available() if on_gpu else triton.knobs.runtime.interpret):
