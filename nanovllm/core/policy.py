@@ -61,8 +61,7 @@ class Policy:
         A sequence that was preempted comes back when there is also a spare block for each
         running one, or the next steps would throw it out again.
         """
-        running = step.num_decodes + step.num_prefills
-        spare = running if seq.num_preemptions else 0
+        spare = step.num_decodes + step.num_prefills if seq.num_preemptions else 0
         if num_blocks + spare <= step.num_available_blocks:
             return Decision(True, "fits")
         return Decision(False, "no blocks")

@@ -9,12 +9,12 @@ could be opened but NVIDIA's exemplar-performance.
 rtx4090: NVIDIA, Ada GPU Architecture v2.1, appendix A: 165.2 TFLOP/s (330.4 sparse; GeForce cards
     accumulate in float32 at half their rate), 1,008 GB/s.
     waredb.com/processor/nvidia-geforce-rtx-4090
-rtx-pro-6000: the server edition. NVIDIA's sheet of December 2025: 1,597 GB/s, and no rate but "1
-    PFLOP", sparse, which is about 480 TFLOP/s dense. Here it is 252, that of TF32 and close to what
-    products of 2,048 rows, as a step of serving makes them, were measured at: 257 (417 with 8,192).
+rtx-pro-6000: the server edition. NVIDIA's sheet of December 2025: 1,597 GB/s, and of rates "1 PFLOP",
+    sparse, which is about 480 TFLOP/s dense. The row holds 252, the card's TF32 rate: a run of vLLM
+    reached 292, and square products were measured at 257 (2,048 rows) to 417 (8,192).
     github.com/zzc0721/torch-performance-test-data/issues/162
 rtx-pro-6000-workstation: NVIDIA, RTX Blackwell PRO GPU Architecture v1.0, table 4: 503.8 TFLOP/s
-    (1,007.6 sparse), halved as above for products of serving's size; 1,792 GB/s.
+    (1,007.6 sparse), 1,792 GB/s. The row holds 252 for the same reason.
     hmc-tech.com/gpu/nvidia-rtx-pro-6000-blackwell-vs-amd-radeon-pro-duo-polaris
 l4: NVIDIA's L4 sheet (2023): 242 TFLOP/s sparse, 300 GB/s. grokipedia.com/page/NVIDIA_L4_vs_L40S
 l40s: NVIDIA's L40S sheet (2023): 362.05 TFLOP/s (733 sparse, which is not quite twice as much),

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -226,10 +227,40 @@ def test_fair_share_mixes_tenants_that_are_admitted_in_one_step():
 def test_fair_share_counts_an_output_token_twice_and_idleness_saves_up_nothing():
     policy = FairShare()
     Trial([arrival(10, 5, tenant="early")], policy).run()
-    assert policy.served_tokens == {"early": 10 + 1 + 4 * 2}
+    assert policy.floor == 10 + 1 + 4 * 2
     Trial([arrival(4, 1, tenant="late")], policy).run()
-    assert policy.served_tokens == {"early": 19, "late": 19 + 4 + 1}
+    assert policy.floor == 19 + 4 + 1
     assert (policy.waiting, policy.ahead) == (set(), {})
+
+
+class NeverForgets(FairShare):
+    """Keeps the counter of each tenant that ever came."""
+
+    def _leave(self, tenant: str) -> None:
+        self.left[tenant] = self.served_tokens.pop(tenant)
+        self.floor = max(self.left.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fair_share_forgets_tenants_whose_counters_decide_nothing(seed: int) -> None:
+    rng, arrivals = Random(seed), []
+    for i in range(200):
+        tenant = rng.choice(["ann", "bob", f"guest {i}"])
+        lengths = rng.randint(1, 60), rng.randint(1, 20)
+        arrivals.append(arrival(*lengths, 0.03 * i, first=i, tenant=tenant))
+    setting = Setting(num_kv_blocks=24, block_size=4, max_num_seqs=4)
+    forgets, remembers = Trial(arrivals, FairShare(), setting), NeverForgets()
+    most = 0
+    while not forgets.done:
+        forgets.step()
+        most = max(most, len(forgets.scheduler.policy.left))
+    assert admitted(Trial(arrivals, remembers, setting)) == admitted(forgets)
+    assert len(remembers.left) == len({one.terms.tenant for one in arrivals}) > 50
+    assert most < 20
+    policy = forgets.scheduler.policy
+    for memory in (policy.left, policy.served_tokens, policy.num_here, policy.queued):
+        assert not memory
+    assert not policy.started
 
 
 # prefill-first and sarathi
