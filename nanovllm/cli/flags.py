@@ -8,7 +8,13 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
-SHORT = {"model": "-m", "tensor_parallel_size": "-tp", "quantization": "-q", "n": "-n"}
+SHORT = {
+    "model": "-m",
+    "tensor_parallel_size": "-tp",
+    "data_parallel_size": "-dp",
+    "quantization": "-q",
+    "n": "-n",
+}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -66,8 +72,9 @@ def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def flag_type(entry: "Field[Any]") -> dict[str, Any]:
-    """How argparse reads a field: a truth value as --x and --no-x, a list as a flag to repeat,
-    and None, where the field may be that, as "none". Empty if a flag cannot say it."""
+    """How argparse reads a field: a truth value as --x and --no-x, a list as a flag to repeat (with
+    several words each, if the field's metadata say so), and None, where the field may be that, as
+    "none". Empty if a flag cannot say it."""
     kinds = get_args(entry.type) if isinstance(entry.type, UnionType) else (entry.type,)
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction}
@@ -78,6 +85,8 @@ def flag_type(entry: "Field[Any]") -> dict[str, Any]:
     choices = [str(choice) for choice in entry.metadata.get("choices", ())]
     metavar = f"{{{','.join(choices)}}}" if len(choices) > 1 else METAVARS[kind]
     options = {"type": reader(kind, optional), "metavar": metavar}
+    if "several" in entry.metadata:
+        return options | {"nargs": "+", "action": "extend"}
     return options | {"action": "append"} if lists else options
 
 

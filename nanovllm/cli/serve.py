@@ -16,7 +16,8 @@ def run(argv: list[str]) -> int:
         prog="nanovllm serve",
         usage="nanovllm serve [MODEL] [flags]",
         description="Serve a model to OpenAI's clients. SIGTERM or Ctrl-C lets requests end.",
-        epilog="A list (--api-key, --served-model-name) is given by repeating its flag.",
+        epilog="--api-key may be repeated; --served-model-name takes all words up to the next "
+        "flag.",
     )
     parser.add_argument("words", nargs="*", metavar="MODEL", help="the same as -m MODEL")
     add_flags(parser, ServerConfig)

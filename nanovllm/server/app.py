@@ -125,7 +125,7 @@ def add_operation(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         """200 if requests are taken, else 503 and why."""
-        problem = service.state.refusal
+        problem = service.problem
         return JsonResponse({"status": problem or "ok"}, 503 if problem else 200)
 
     @app.get("/version")
@@ -141,6 +141,7 @@ def add_operation(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         text = service.loaded.metrics.render() if service.loaded else b""
+        text = text if isinstance(text, bytes) else await text
         return Response(text, media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")

@@ -1,7 +1,7 @@
 """ServerConfig: every setting of the server, beside those of its engine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanovllm.checks import check_fields, one_of, ranged
 from nanovllm.errors import ConfigError
@@ -24,6 +24,7 @@ class ServerConfig:
         generation_config: "auto" takes sampling parameters that a request leaves open from the
             model's generation_config.json, "vllm" those of SamplingParams.
         root_path: where a proxy in front has put the server.
+        data_parallel_size: engines of the model, behind Ray Serve if more than one.
         max_num_queued_reqs: samples that may wait; requests beyond are answered with 503.
         max_logprobs: log probabilities a request may ask for at each position.
         max_body_bytes: of a request.
@@ -39,12 +40,13 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = ranged(8000, 0, 65535)
     api_key: Sequence[str] = ()
-    served_model_name: Sequence[str] = ()
+    served_model_name: Sequence[str] = field(default=(), metadata={"several": True})
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     tool_call_parser: str = one_of("auto", "hermes", "llama3_json")
     generation_config: str = one_of("auto", "vllm")
     root_path: str = ""
+    data_parallel_size: int = ranged(1, 1, 4096)
     max_num_queued_reqs: int = ranged(2048, 1, 2**24)
     max_logprobs: int = ranged(20, 0, 2**24)
     max_body_bytes: int = ranged(8 * 2**20, 1, 2**40)

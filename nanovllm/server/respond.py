@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.errors import NanoVLLMError, RequestFailedError
 from nanovllm.outputs import RequestOutput
+from nanovllm.server.replicas.front import Replicas
 from nanovllm.server.replies import error_reply
 from nanovllm.text_engine import Request
 
@@ -69,7 +70,7 @@ class Job:
         model: the name that the client sees. response_id: "cmpl-..." or "chatcmpl-...".
     """
 
-    llm: AsyncLLM
+    llm: AsyncLLM | Replicas
     requests: Items[Request]
     form: Form
     model: str

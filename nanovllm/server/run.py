@@ -31,6 +31,7 @@ from nanovllm.server.control_tokens import ControlTokens
 from nanovllm.server.guard import ServerState
 from nanovllm.server.http import LimitedProtocol
 from nanovllm.server.metrics import Metrics
+from nanovllm.server.replicas.front import Replicas
 from nanovllm.server.service import Engine, Service
 from nanovllm.server.templates import Templates
 
@@ -118,15 +119,10 @@ async def serve(config: ServerConfig, settings: Mapping[str, Any], listener: soc
 async def load(service: Service, settings: Mapping[str, Any]) -> Engine:
     """Load the model, while the server answers that it does."""
     config, name = service.config, service.model_names[0]
-    llm = await in_daemon(
-        lambda: AsyncLLM(
-            **settings,
-            max_num_queued_reqs=config.max_num_queued_reqs,
-            observe=lambda engine: Metrics(name, engine.core),
-        )
-    )
-    tokenizer, metrics = llm.engine.tokenizer, llm.observer
-    assert tokenizer is not None and isinstance(metrics, Metrics)
+    llm = await in_daemon(lambda: start(config, settings, name))
+    tokenizer = llm.engine.tokenizer
+    metrics = llm.observer if isinstance(llm, AsyncLLM) else llm
+    assert tokenizer is not None and isinstance(metrics, Metrics | Replicas)
     templates = Templates(tokenizer.config)
     own = tokenizer.config.get("chat_template")
     if isinstance(own, list):  # several, by name
@@ -136,6 +132,18 @@ async def load(service: Service, settings: Mapping[str, Any]) -> Engine:
         await templates.render([{"role": "user", "content": ""}], chat_template=template)
     defaults = sampling_defaults(llm.config.model) if config.generation_config == "auto" else {}
     return Engine(llm, metrics, templates, ControlTokens(tokenizer), template, defaults)
+
+
+def start(config: ServerConfig, settings: Mapping[str, Any], name: str) -> AsyncLLM | Replicas:
+    """One engine in this process, or several elsewhere."""
+    most = config.max_num_queued_reqs
+    if config.data_parallel_size > 1:
+        return Replicas(settings, name, config.data_parallel_size, most)
+    return AsyncLLM(
+        **settings,
+        max_num_queued_reqs=most,
+        observe=lambda engine: Metrics(name, engine.core),
+    )
 
 
 def sampling_defaults(model: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from nanovllm.server.config import ServerConfig
 from nanovllm.server.control_tokens import ControlTokens, new_mark
 from nanovllm.server.guard import ServerState
 from nanovllm.server.metrics import Metrics
+from nanovllm.server.replicas.front import Replicas
 from nanovllm.server.templates import Templates
 from nanovllm.server.tools import decode_arguments, describe_tools, supports_tools
 
@@ -36,8 +37,8 @@ class Engine:
         defaults: sampling parameters of requests that bring none.
     """
 
-    llm: AsyncLLM
-    metrics: Metrics
+    llm: AsyncLLM | Replicas
+    metrics: Metrics | Replicas
     templates: Templates
     control_tokens: ControlTokens
     chat_template: str | None
@@ -134,6 +135,12 @@ class Service:
         if self.loaded is None:
             raise EngineDeadError("the model is still being loaded: try again in a moment")
         return self.loaded
+
+    @property
+    def problem(self) -> str | None:
+        """Why requests are not taken in, or not answered soon."""
+        llm = self.loaded.llm if self.loaded else None
+        return self.state.refusal or (llm.problem if isinstance(llm, Replicas) else None)
 
     def check_model(self, name: str | None) -> str:
         """The name under which the response shows the model.

@@ -10,8 +10,8 @@ rtx4090: NVIDIA, Ada GPU Architecture v2.1, appendix A: 165.2 TFLOP/s (330.4 spa
     accumulate in float32 at half their rate), 1,008 GB/s.
     waredb.com/processor/nvidia-geforce-rtx-4090
 rtx-pro-6000: the server edition. NVIDIA's sheet of December 2025: 1,597 GB/s, and of rates
-    "1 PFLOP", sparse, which is about 480 TFLOP/s dense. The row holds 252, the card's TF32 rate: a run of vLLM
-    reached 292, and square products were measured at 257 (2,048 rows) to 417 (8,192).
+    "1 PFLOP", sparse, which is about 480 TFLOP/s dense. The row holds 252, the card's TF32 rate: a
+    run of vLLM reached 292, and square products were measured at 257 (2,048 rows) to 417 (8,192).
     github.com/zzc0721/torch-performance-test-data/issues/162
 rtx-pro-6000-workstation: NVIDIA, RTX Blackwell PRO GPU Architecture v1.0, table 4: 503.8 TFLOP/s
     (1,007.6 sparse), 1,792 GB/s. The row holds 252 for the same reason.

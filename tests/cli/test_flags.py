@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -44,6 +44,7 @@ class Settings:
     high: float | None = None
     names: str | Sequence[str] | None = ()
     ids: Sequence[int] = ()
+    many: Sequence[str] = field(default=(), metadata={"several": True})
     kind: str = one_of("red", "green")
     limit_of_size: int | None = None
     fast: bool = True
@@ -74,6 +75,10 @@ def test_each_type_is_read_as_its_field_has_it():
         "kind": "green",
         "fast": True,
     }
+
+
+def test_a_list_may_take_several_words_at_once_where_its_field_says_so():
+    assert parse("--many a b --names c d --many e") == {"many": ["a", "b", "e"], "names": ["c"]}
 
 
 def test_none_is_a_value_only_where_the_field_may_be_none(capsys):
