@@ -100,8 +100,8 @@ class BlockManager:
     def num_matched(self, seq: Sequence) -> int:
         """Tokens at the beginning of `seq` that the cache has, by their hashes alone: quick enough
         to ask of each waiting sequence in each step."""
-        matched = takewhile(self.cached.__contains__, self._hashes(seq))
-        return sum(1 for _ in matched) * self.block_size
+        hashes = self._hashes(seq) if self.cached and seq.params.prompt_logprobs is None else []
+        return self.block_size * sum(1 for _ in takewhile(self.cached.__contains__, hashes))
 
     def num_to_take(self, matched: Iterable[Block], num_new: int) -> int:
         """How far sharing `matched` and allocating `num_new` blocks lowers num_available."""

@@ -279,6 +279,14 @@ def test_num_matched_counts_the_tokens_of_cached_blocks_from_the_beginning():
     assert blocks.num_matched(make_seq([1] * 4 + [2] * 4 + [3] * 4, 3)) == 4
 
 
+def test_num_matched_is_nothing_for_a_prompt_that_shares_nothing():
+    blocks, seq = manager(), make_seq([1] * 8)
+    fill(blocks, seq)
+    assert blocks.num_matched(make_seq([1] * 8, 1, prompt_logprobs=0)) == 0
+    without, seq = manager(enable_prefix_caching=False), make_seq([1] * 8)
+    assert (without.num_matched(seq), seq.block_hashes) == (0, [])  # and hashes nothing
+
+
 def test_only_known_tokens_fill_a_block():
     blocks, seq = manager(), make_seq([1] * 7)
     blocks.allocate(seq, 8)
