@@ -50,7 +50,7 @@ class Rank:
         if ranks is not None:
             ranks.connect(self.model)
         self.like = torch.empty(0, dtype=dtype, device=self.device)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and config.num_kv_blocks is None:
             self.runner(1)  # what steps and graphs take is theirs; the cache has the rest
         self.num_blocks = num_kv_blocks(config, self.part, self.like)
 
